@@ -1,0 +1,58 @@
+// Package outcome is the one classifier of what became of an attempt, and the
+// one reader of what a server says about trying again.
+//
+// There are three outcomes, not two. What was cancelled by the caller, or
+// superseded by a sibling that was faster, says nothing about the health of the
+// server that did it: counting it as a failure makes a balancer starve the
+// backends that hedging leaves behind.
+package outcome
+
+import (
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Outcome is what an attempt says about its server.
+type Outcome uint8
+
+const (
+	// Success: the server did its work, whatever the answer. INVALID_ARGUMENT
+	// and NOT_FOUND are answers.
+	Success Outcome = iota
+	// Failure: the server, or the way to it, did not.
+	Failure
+	// Ignored: nobody knows. Cancelled, superseded, refused before it was sent,
+	// or refused for want of quota.
+	Ignored
+)
+
+// String returns "success", "failure" or "ignored".
+func (o Outcome) String() string {
+	switch o {
+	case Success:
+		return "success"
+	case Failure:
+		return "failure"
+	}
+	return "ignored"
+}
+
+// Of classifies the error of an attempt; nil is success. An error that carries
+// no gRPC status is UNKNOWN, a failure.
+func Of(err error) Outcome {
+	if err == nil {
+		return Success
+	}
+	return OfCode(status.Code(err))
+}
+
+// OfCode classifies a status code.
+func OfCode(c codes.Code) Outcome {
+	switch c {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Internal, codes.Unknown, codes.DataLoss:
+		return Failure
+	case codes.Canceled, codes.ResourceExhausted:
+		return Ignored
+	}
+	return Success
+}
