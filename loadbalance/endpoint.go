@@ -1,0 +1,238 @@
+package loadbalance
+
+import (
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// memory is how many attempts an estimate rests on when they follow each
+	// other closely. With 20, one straggler of 50 ms kept an endpoint from its
+	// share for 650 ms at 1000 calls/s; with 50 and with 100 for 100 ms. The fewer,
+	// the sooner a change is known. See docs/adr/0004.
+	memory = 50
+
+	// patience is how long, in decay times, an endpoint that gets no attempts is
+	// judged by what was known of it. Then it is worth one probe, however slow it
+	// was: the decayed cost alone would keep one that took 500 times as long as
+	// its peers out for 6 decay times.
+	patience = 2
+
+	// pending, in nanoseconds, is the cost of an endpoint that has yet to give its
+	// first answer while an attempt is on its way there, or has just failed. It is
+	// above any latency, and finite so that in-flight still tells two of them
+	// apart.
+	pending = 1e18
+)
+
+// verdict is what the end of an attempt says about its endpoint.
+type verdict uint8
+
+const (
+	// answered: the elapsed time is a latency.
+	answered verdict = iota
+	// cut: cancelled by the caller or superseded by a sibling, so the latency is
+	// at least the elapsed time.
+	cut
+	// failed: the work was not done, however long that took.
+	failed
+)
+
+// known is how much is known of an endpoint.
+type known = uint32
+
+const (
+	nothing    known = iota // no attempt has ended yet
+	unanswered              // attempts have ended, none with an answer
+	measured
+)
+
+// An endpoint is what is known of one endpoint: how many attempts are in flight
+// there and the latency to expect. It is the deterministic core of the package:
+// the time is an argument, a duration since an origin of the caller's.
+//
+// The expected latency is
+//
+//	exposure / max(answers, 1)
+//
+// where exposure is the total time for which attempts were out, whether or not
+// they came to an end of their own, and answers is how many did, both fading
+// (below). For exponential service times that quotient is the maximum-likelihood
+// estimate of the mean under right-censoring, and it is what an endpoint of a
+// hedging client needs. There, an attempt at a replica ten times slower than its
+// peers is cancelled when its hedge answers, after 6 ms say of the 20 it would
+// have taken. Dropping such a sample leaves the slow replica unmeasured; taking
+// 6 ms for its latency makes it look nearly healthy; and so does using the 6 ms
+// as a floor. Here each one adds 6 ms of exposure and no answer, so the estimate
+// grows with every hedge that had to be sent. A cancellation can never lower it,
+// and one that came at once changes nothing, so that callers who give up starve
+// nobody.
+//
+// A failure is no censoring: an endpoint that fails at once would look fast. It
+// counts as an exposure of at least the mean, and no answer: a replica that
+// fails half of its calls looks twice as slow, which is what it costs someone
+// who tries again.
+//
+// The divisor is at least 1 so that a single unlucky probe does not condemn an
+// endpoint without answers, while many do.
+//
+// Both sums fade with each attempt, by 1/memory, and with time: after a silence
+// dt the past weighs at most keep/(1-keep), keep = (1-1/memory) e^(-dt/tau), where
+// the present weighs 1. So after a silence of tau the newest attempt dominates.
+// This is the time-aware weight of Finagle's peak EWMA; the peak is not taken,
+// because on a heavy tail every endpoint's peak is its last straggler, and that
+// hides a replica twice as slow. See docs/adr/0004 for the figures.
+//
+// The zero value is an endpoint of which nothing is known. All methods are safe
+// for concurrent use; load takes no lock.
+type endpoint struct {
+	// key names the endpoint: see keyOf.
+	key string
+
+	// flights counts unary attempts in flight in its low half and streams in its
+	// high one. An atomic because picks and ends are concurrent; one word, so that
+	// a pick reads both at once.
+	flights atomic.Int64
+
+	// What load reads: atomics because picks must not wait for record. A pick that
+	// falls between two of the stores mixes an old estimate with a new one, which
+	// costs nothing.
+	known   atomic.Uint32
+	cost    atomic.Uint64 // expected latency in nanoseconds, a float64
+	last    atomic.Int64  // when the last attempt ended
+	silence atomic.Int64  // for how long after last the cost holds
+
+	mu sync.Mutex // guards what follows, and orders the stores above
+	// weight is the faded number of attempts, and the other two as above.
+	weight, exposure, answers float64
+}
+
+const oneStream = 1 << 32
+
+// begin counts an attempt that is sent to the endpoint.
+func (e *endpoint) begin(streaming bool) {
+	if streaming {
+		e.flights.Add(oneStream)
+	} else {
+		e.flights.Add(1)
+	}
+}
+
+// release takes back what begin counted.
+func (e *endpoint) release(streaming bool) {
+	if streaming {
+		e.flights.Add(-oneStream)
+	} else {
+		e.flights.Add(-1)
+	}
+}
+
+// inFlight returns how many attempts are in flight.
+func (e *endpoint) inFlight() (unary, streams int64) {
+	f := e.flights.Load()
+	return f & (oneStream - 1), f >> 32
+}
+
+// unknown is the cost of an endpoint of which a stream learns nothing.
+const unknown = -1
+
+// load returns the latency to expect of the endpoint for an attempt sent now, in
+// nanoseconds, and how many attempts are in flight there.
+//
+// Curiosity: while nothing is in flight that will measure the endpoint, its cost
+// decays by e^(-idle/tau), so that it earns a probe in the end; while the
+// probe is on its way the cost is the undecayed one, so that one probe is no
+// stampede. A zero says that a probe is due whatever it may cost.
+//
+// A stream measures nothing, so streams are no probes. They see the undecayed
+// cost, or unknown where there is no recent one.
+func (e *endpoint) load(now, tau time.Duration, streaming bool) (cost float64, n int64) {
+	unary, streams := e.inFlight()
+	n = unary + streams
+	k := e.known.Load()
+	idle := now - time.Duration(e.last.Load())
+	due := k == nothing || idle >= time.Duration(e.silence.Load())
+	cost = math.Float64frombits(e.cost.Load())
+	switch {
+	case streaming && due:
+		return unknown, n
+	case streaming:
+		return cost, n
+	case unary > 0 && k != measured:
+		return pending, n
+	case unary > 0:
+		return cost, n
+	case due:
+		return 0, n
+	case idle > 0:
+		cost *= decay(idle, tau)
+	}
+	return cost, n
+}
+
+// record notes an attempt that ended now, elapsed after it was sent.
+func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+
+	last := time.Duration(e.last.Load())
+	keep := 1 - 1.0/memory
+	if now > last {
+		keep *= decay(now-last, tau)
+	} else {
+		now = last // ends are reported out of order, by a hair
+	}
+	limit := keep / (1 - keep)
+	if v == answered && now-last >= patience*tau {
+		// The probe that patience has earned came back: believe it alone. A seventh
+		// of what was known would outweigh it if that was a stall of seconds.
+		limit = 0
+	}
+	if e.weight > limit {
+		fade := limit / e.weight
+		e.weight *= fade
+		e.exposure *= fade
+		e.answers *= fade
+	}
+
+	took := max(0, float64(elapsed))
+	k := max(e.known.Load(), unanswered)
+	silence := patience * tau
+	switch v {
+	case answered:
+		e.answers++
+		k = measured
+	case failed:
+		if e.weight > 0 {
+			took = max(took, e.exposure/e.weight)
+		}
+	}
+	e.weight++
+	e.exposure += took
+	cost := e.exposure / max(e.answers, 1)
+	if v == failed && k == unanswered {
+		// Nothing but failures: no latency is known, and the time until a failure
+		// is none. Ask again after a while that grows with their number, or one
+		// failure at the start would cost a good endpoint its first 2 tau.
+		cost = pending
+		silence = time.Duration(float64(silence) * min(1, e.weight/8))
+	}
+
+	e.cost.Store(math.Float64bits(cost))
+	e.silence.Store(int64(silence))
+	e.last.Store(int64(now))
+	e.known.Store(k)
+}
+
+// decay returns e^(-dt/tau) for dt > 0. As a rule dt is milliseconds and tau
+// seconds, where four terms of the series are right to 2e-10: math.Exp was the largest
+// item, 14%, in the profile of BenchmarkPick.
+func decay(dt, tau time.Duration) float64 {
+	x := float64(dt) / float64(tau)
+	if x < 1.0/128 {
+		return 1 - x*(1-x/2*(1-x/3))
+	}
+	return math.Exp(-x)
+}

@@ -1,0 +1,271 @@
+package bobtail
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
+
+	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/retry"
+)
+
+// broken are documents and the exact errors that a user reads of them. They are
+// the seeds of FuzzParsePolicy too.
+var broken = []struct{ name, text, want string }{
+	{"no text", ``, `document: not valid JSON at byte 0: unexpected EOF`},
+	{"cut off", `{"mode": "on"`, `document: not valid JSON at byte 13: unexpected EOF`},
+	{"no object", `[]`, `document: a list, want an object`},
+	{"two documents", `{} {}`, `document: not valid JSON at byte 4: more text after the end of the document`},
+	{"nested too deep", strings.Repeat(`{"a":`, 70) + `1` + strings.Repeat(`}`, 70),
+		`document: not valid JSON at byte 324: nested more than 64 deep`},
+	{"a misspelt key", `{"extraload": {}}`, `extraload: unknown key, did you mean "extraLoad"?`},
+	{"an unknown key", `{"methodConfig": [{"colour": 1}]}`,
+		`methodConfig[0].colour: unknown key, want one of name, timeout, idempotent, mode, hedgingPolicy, retryPolicy, circuitBreaker, adaptiveThrottling, rateLimit, maxInFlight, waitForReady, maxRequestMessageBytes, maxResponseMessageBytes`},
+	{"a key given twice", `{"mode": "on", "mode": "off"}`, `mode: given twice`},
+	{"null", `{"mode": null}`, `mode: null, want a value or no such key`},
+	{"mode", `{"mode": "of"}`, `mode: "of", want "on", "shadow" or "off"`},
+	{"mode of an entry", `{"methodConfig": [{"mode": 1}]}`, `methodConfig[0].mode: number 1, want a string`},
+	{"no such balancer", `{"loadBalancingConfig": [{"bobtail_p3c": {}}]}`,
+		`loadBalancingConfig: no balancer of it is registered, want for instance "bobtail_p2c"`},
+	{"balancers as an object", `{"loadBalancingConfig": {"bobtail_p2c": {}}}`,
+		`loadBalancingConfig: an object, want a list`},
+	{"a balancer without a name", `{"loadBalancingConfig": [{}, {"round_robin": {}}]}`,
+		`loadBalancingConfig[0]: want an object with one key, the name of a balancer`},
+	{"extraLoad without max", `{"extraLoad": {}}`, `extraLoad.max: missing`},
+	{"extraLoad max", `{"extraLoad": {"max": 1.5}}`, `extraLoad.max: 1.5, want [0.000001, 1]`},
+	{"extraLoad max zero", `{"extraLoad": {"max": 0}}`, `extraLoad.max: 0, want [0.000001, 1]`},
+	{"extraLoad minPerSecond", `{"extraLoad": {"max": 1, "minPerSecond": -1}}`, `extraLoad.minPerSecond: -1, want [0, 1000000]`},
+	{"extraLoad window", `{"extraLoad": {"max": 1, "window": "0s"}}`, `extraLoad.window: "0s", want [0.010s, 3600s]`},
+	{"a number that is none", `{"extraLoad": {"max": "a lot"}}`, `extraLoad.max: a lot, want [0.000001, 1]`},
+	{"a number that is a list", `{"extraLoad": {"max": [1]}}`, `extraLoad.max: a list, want [0.000001, 1]`},
+	{"throttling", `{"retryThrottling": {"maxTokens": 1001, "tokenRatio": 0}}`,
+		"retryThrottling.maxTokens: 1001, want (0, 1000]\nretryThrottling.tokenRatio: 0, want at least 0.001"},
+	{"throttling without a ratio", `{"retryThrottling": {"maxTokens": 10}}`, `retryThrottling.tokenRatio: missing`},
+	{"a method without a service", `{"methodConfig": [{"name": [{"method": "Get"}]}]}`,
+		`methodConfig[0].name[0].method: "Get" without a service`},
+	{"a service with a slash", `{"methodConfig": [{"name": [{"service": "/kv.KV"}]}]}`,
+		`methodConfig[0].name[0]: "/kv.KV/", want names without a slash`},
+	{"a name given twice", `{"methodConfig": [{"name": [{"service": "a"}]}, {"name": [{"service": "a"}]}]}`,
+		`methodConfig[1].name[0]: "a/" has an entry already`},
+	{"two defaults", `{"methodConfig": [{"name": [{}, {}]}]}`, `methodConfig[0].name[1]: "" has an entry already`},
+	{"timeout", `{"methodConfig": [{"timeout": "0s"}]}`, `methodConfig[0].timeout: "0s", want more than 0s`},
+	{"a duration without a unit", `{"methodConfig": [{"timeout": "1"}]}`,
+		`methodConfig[0].timeout: "1", want a duration in seconds such as "0.250s"`},
+	{"a duration of Go", `{"methodConfig": [{"timeout": "250ms"}]}`,
+		`methodConfig[0].timeout: "250ms", want a duration in seconds such as "0.250s"`},
+	{"a duration as a number", `{"methodConfig": [{"timeout": 1}]}`,
+		`methodConfig[0].timeout: number 1, want a duration in seconds such as "0.250s"`},
+	{"a duration too long", `{"methodConfig": [{"timeout": "9223372036s"}]}`,
+		`methodConfig[0].timeout: "9223372036s", want at most 9223372035s`},
+	{"a duration too fine", `{"methodConfig": [{"timeout": "0.0000000001s"}]}`,
+		`methodConfig[0].timeout: "0.0000000001s", want a duration in seconds such as "0.250s"`},
+	{"maxAttempts missing", `{"methodConfig": [{"hedgingPolicy": {}}]}`, `methodConfig[0].hedgingPolicy.maxAttempts: missing`},
+	{"maxAttempts", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 1}}]}`,
+		`methodConfig[0].hedgingPolicy.maxAttempts: 1, want an integer of at least 2`},
+	{"maxAttempts broken", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2.5}}]}`,
+		`methodConfig[0].hedgingPolicy.maxAttempts: 2.5, want an integer of at least 2`},
+	{"hedgingDelay", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "hedgingDelay": "-0.1s"}}]}`,
+		`methodConfig[0].hedgingPolicy.hedgingDelay: "-0.1s", want at least 0s`},
+	{"OK among the codes", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "nonFatalStatusCodes": ["UNAVAILABLE", "ok"]}}]}`,
+		`methodConfig[0].hedgingPolicy.nonFatalStatusCodes[1]: OK, want a code of a failure`},
+	{"no such code", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "nonFatalStatusCodes": ["BROKEN", 17, true]}}]}`,
+		"methodConfig[0].hedgingPolicy.nonFatalStatusCodes[0]: \"BROKEN\", want a gRPC status code\n" +
+			"methodConfig[0].hedgingPolicy.nonFatalStatusCodes[1]: 17, want a gRPC status code, 1 to 16\n" +
+			"methodConfig[0].hedgingPolicy.nonFatalStatusCodes[2]: true, want a gRPC status code"},
+	{"hedgingPercentile", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "hedgingPercentile": 100}}]}`,
+		`methodConfig[0].hedgingPolicy.hedgingPercentile: 100, want (0, 100)`},
+	{"bounds without a percentile", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "minHedgingDelay": "1s", "maxHedgingDelay": "2s"}}]}`,
+		"methodConfig[0].hedgingPolicy.minHedgingDelay: bounds an adaptive delay, want hedgingPercentile beside it\n" +
+			"methodConfig[0].hedgingPolicy.maxHedgingDelay: bounds an adaptive delay, want hedgingPercentile beside it"},
+	{"bounds crossed", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "hedgingPercentile": 95, "minHedgingDelay": "0.2s", "maxHedgingDelay": "0.1s"}}]}`,
+		`methodConfig[0].hedgingPolicy.maxHedgingDelay: 100ms, want at least minHedgingDelay 200ms`},
+	{"a cap below the default floor", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "hedgingPercentile": 95, "maxHedgingDelay": "0.0005s"}}]}`,
+		`methodConfig[0].hedgingPolicy.maxHedgingDelay: 500µs, want at least the default minHedgingDelay 1ms`},
+	{"retry beside hedging", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2}, "retryPolicy": {}}]}`,
+		"methodConfig[0]: retryPolicy and hedgingPolicy together, want one of them\nmethodConfig[0].retryPolicy: not supported yet"},
+	{"what later versions build", `{"methodConfig": [{"circuitBreaker": {}, "adaptiveThrottling": {}, "rateLimit": {}, "maxInFlight": 1, "hedgingPolicy": {"maxAttempts": 2, "tied": true, "tieDelay": "1s"}}]}`,
+		"methodConfig[0].hedgingPolicy.tied: not supported yet\nmethodConfig[0].hedgingPolicy.tieDelay: not supported yet\n" +
+			"methodConfig[0].circuitBreaker: not supported yet\nmethodConfig[0].adaptiveThrottling: not supported yet\n" +
+			"methodConfig[0].rateLimit: not supported yet\nmethodConfig[0].maxInFlight: not supported yet"},
+	{"what grpc is handed", `{"methodConfig": [{"waitForReady": "yes", "maxRequestMessageBytes": -1}]}`,
+		"methodConfig[0].waitForReady: \"yes\", want true or false\nmethodConfig[0].maxRequestMessageBytes: -1, want an integer in [0, 2^53]"},
+	{"many faults at once", `{"mod": 1, "extraLoad": {"max": 2}, "methodConfig": [{"timeout": "x"}, 7]}`,
+		"extraLoad.max: 2, want [0.000001, 1]\nmethodConfig[0].timeout: \"x\", want a duration in seconds such as \"0.250s\"\n" +
+			"methodConfig[1]: number 7, want an object\nmod: unknown key, did you mean \"mode\"?"},
+}
+
+func TestBrokenPolicies(t *testing.T) {
+	for _, tc := range broken {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := ParsePolicy([]byte(tc.text))
+			want := "bobtail: policy: " + strings.ReplaceAll(tc.want, "\n", "\nbobtail: policy: ")
+			if err == nil || err.Error() != want {
+				t.Errorf("%s\n got: %v\nwant: %s", tc.text, err, want)
+			}
+			if got := errors.Is(err, ErrNotSupported); got != strings.Contains(tc.want, "not supported yet") {
+				t.Errorf("errors.Is(err, ErrNotSupported) is %v", got)
+			}
+		})
+	}
+}
+
+// good is a document with every key that this version obeys.
+const good = `{
+  "loadBalancingConfig": [{"no_such_balancer": {}}, {"bobtail_p2c": {}}],
+  "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
+  "extraLoad": {"max": 0.05, "minPerSecond": "2", "window": "5s"},
+  "healthCheckConfig": {"serviceName": "kv"},
+  "mode": "shadow",
+  "methodConfig": [{
+    "name": [{"service": "kv.KV", "method": "Get"}, {"service": "kv.KV", "method": "Scan"}],
+    "timeout": ".25s",
+    "idempotent": true,
+    "mode": "on",
+    "hedgingPolicy": {
+      "maxAttempts": 9, "hedgingDelay": "0.010s", "nonFatalStatusCodes": ["unavailable", 10],
+      "hedgingPercentile": 95, "minHedgingDelay": "0.002s", "maxHedgingDelay": "0.100s", "tied": false
+    },
+    "waitForReady": true,
+    "maxRequestMessageBytes": "4096"
+  }, {
+    "name": [{"service": "kv.KV"}],
+    "timeout": "1s"
+  }, {
+    "name": [{}]
+  }]
+}`
+
+func TestParsePolicy(t *testing.T) {
+	p, err := ParsePolicy([]byte(good))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Policy{
+		entries: []entry{{
+			timeout: 250 * time.Millisecond, idempotent: true, mode: modeOn,
+			hedging: &hedging.Config{
+				MaxAttempts: 5, Delay: 10 * time.Millisecond, Percentile: 95,
+				MinDelay: 2 * time.Millisecond, MaxDelay: 100 * time.Millisecond,
+				NonFatalCodes: []codes.Code{codes.Unavailable, codes.Aborted},
+			},
+		}, {timeout: time.Second, mode: modeShadow}, {mode: modeShadow}},
+		names:       map[string]int{"/kv.KV/Get": 0, "/kv.KV/Scan": 0, "/kv.KV/": 1, "": 2},
+		throttle:    &retry.ThrottleConfig{MaxTokens: 100, TokenRatio: 0.1},
+		extraLoad:   &retry.BudgetConfig{Max: 0.05, MinPerSecond: 2, Window: 5 * time.Second},
+		balancing:   `[{"no_such_balancer":{}},{"bobtail_p2c":{}}]`,
+		ownBalancer: true,
+		passed: `{"healthCheckConfig":{"serviceName":"kv"},"methodConfig":[{"maxRequestMessageBytes":4096,` +
+			`"name":[{"service":"kv.KV","method":"Get"},{"service":"kv.KV","method":"Scan"}],"waitForReady":true}]}`,
+	}
+	if d := cmp.Diff(want, p, cmp.AllowUnexported(Policy{}, entry{})); d != "" {
+		t.Errorf("(-want +got)\n%s", d)
+	}
+}
+
+func TestLookup(t *testing.T) {
+	p, err := ParsePolicy([]byte(good))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		method string
+		entry  int
+		named  bool
+	}{{"/kv.KV/Get", 0, true}, {"/kv.KV/Put", 1, false}, {"/other.S/M", 2, false}, {"/kv.KVX/Get", 2, false}, {"", 2, false}, {"odd", 2, false}, {"/kv.KV/", 1, false}} {
+		e, named := p.lookup(tc.method)
+		if e != &p.entries[tc.entry] || named != tc.named {
+			t.Errorf("%q: another entry, or named %v", tc.method, named)
+		}
+	}
+	var empty Policy
+	if e, _ := empty.lookup("/kv.KV/Get"); e != nil {
+		t.Error("the empty policy has an entry")
+	}
+}
+
+// The empty document, the zero value and a document of grpc's own all make a
+// service config that grpc accepts, with our balancer unless they say otherwise.
+func TestServiceConfig(t *testing.T) {
+	for _, tc := range []struct{ text, want string }{
+		{`{}`, `{"loadBalancingConfig":[{"bobtail_p2c":{}}]}`},
+		{`{"loadBalancingPolicy": "round_robin"}`, `{"loadBalancingPolicy":"round_robin"}`},
+		{`{"loadBalancingConfig": [{"round_robin": {}}]}`, `{"loadBalancingConfig":[{"round_robin":{}}]}`},
+		{`{"methodConfig": [{"name": [{}], "timeout": "1s", "waitForReady": false}]}`,
+			`{"loadBalancingConfig":[{"bobtail_p2c":{}}],"methodConfig":[{"name":[{}],"waitForReady":false}]}`},
+	} {
+		p, err := ParsePolicy([]byte(tc.text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := p.serviceConfig(); got != tc.want {
+			t.Errorf("%s\n got %s\nwant %s", tc.text, got, tc.want)
+		}
+	}
+	if got := (&Policy{}).serviceConfig(); got != `{"loadBalancingConfig":[{"bobtail_p2c":{}}]}` {
+		t.Errorf("zero value: %s", got)
+	}
+}
+
+// The example of a grpc-java service config, which must work here unchanged.
+func TestForeignServiceConfig(t *testing.T) {
+	_, err := ParsePolicy([]byte(`{
+	  "loadBalancingConfig": [{"round_robin": {}}],
+	  "methodConfig": [{
+	    "name": [{"service": "helloworld.Greeter", "method": "SayHello"}],
+	    "hedgingPolicy": {"maxAttempts": 3.0, "hedgingDelay": "0.2s", "nonFatalStatusCodes": ["UNAVAILABLE", "INTERNAL", 10]}
+	  }],
+	  "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1}
+	}`))
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func FuzzParsePolicy(f *testing.F) {
+	f.Add([]byte(good))
+	f.Add([]byte(defaultDocument))
+	for _, tc := range broken {
+		f.Add([]byte(tc.text))
+	}
+	docs, _ := filepath.Glob("bench/policies/*.json")
+	for _, name := range docs {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		p, err := ParsePolicy(text)
+		if err != nil {
+			for _, line := range strings.Split(err.Error(), "\nbobtail: ") {
+				if line == "" {
+					t.Errorf("an empty fault in %q", err)
+				}
+			}
+			return
+		}
+		// What is accepted can be used.
+		if !json.Valid([]byte(p.serviceConfig())) {
+			t.Errorf("the service config is no JSON: %s", p.serviceConfig())
+		}
+		c, err := NewClient(p, WithLogger(nil))
+		if err != nil {
+			t.Fatalf("NewClient: %v", err)
+		}
+		for path := range p.names {
+			c.method(nil, path)
+			c.method(nil, path+"Method")
+		}
+		if err := c.Update(p); err != nil {
+			t.Errorf("a policy cannot replace itself: %v", err)
+		}
+	})
+}

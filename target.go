@@ -1,0 +1,219 @@
+package bobtail
+
+import (
+	"maps"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/descriptorpb"
+
+	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/retry"
+)
+
+const (
+	// maxTargets and maxMethods bound what a Client remembers. Targets beyond
+	// share the state of one; methods beyond are called as if no policy but the
+	// timeout applied. A method that is hedged takes about 64 KiB.
+	maxTargets = 1000
+	maxMethods = 1000
+)
+
+// target is what is kept for one server name.
+type target struct {
+	// table is replaced when the policy changes or a method is first called. An
+	// atomic because every call reads it.
+	table atomic.Pointer[table]
+
+	mu       sync.Mutex // guards the rest and serialises the writers of table
+	learned  map[string]*hedging.Hedger
+	budget   *retry.Budget
+	budgetOf *retry.BudgetConfig
+	throttle *retry.Throttle
+	throtOf  *retry.ThrottleConfig
+}
+
+// table is what one policy means for the methods that have been called.
+type table struct {
+	policy  *Policy
+	methods map[string]*method
+}
+
+// method is what the policy in force does to the calls of one method of one
+// target. It does not change.
+type method struct {
+	timeout  time.Duration
+	hedger   *hedging.Hedger // nil: not hedged
+	budget   *retry.Budget   // nil: no extraLoad
+	throttle *retry.Throttle // nil: no retryThrottling
+}
+
+func (c *Client) target(cc *grpc.ClientConn) *target {
+	name := ""
+	if cc != nil {
+		name = cc.Target()
+	}
+	if t := (*c.targets.Load())[name]; t != nil {
+		return t
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	old := *c.targets.Load()
+	if len(old) >= maxTargets {
+		name = "" // shared; no connection has an empty target
+	}
+	if t := old[name]; t != nil {
+		return t
+	}
+	t := &target{learned: map[string]*hedging.Hedger{}}
+	t.table.Store(&table{})
+	grown := maps.Clone(old)
+	grown[name] = t
+	c.targets.Store(&grown)
+	return t
+}
+
+// method returns what is to be done with a call, by two reads of immutable maps.
+func (c *Client) method(cc *grpc.ClientConn, name string) *method {
+	t := c.target(cc)
+	p := c.current.Load()
+	tab := t.table.Load()
+	if tab.policy == p {
+		if m := tab.methods[name]; m != nil {
+			return m
+		}
+	}
+	return c.learn(t, name)
+}
+
+// learn works out what the policy means for a method, the first time that it is
+// called under that policy.
+func (c *Client) learn(t *target, name string) *method {
+	t.mu.Lock()
+	p := c.current.Load()
+	tab := t.table.Load()
+	if tab.policy != p {
+		t.fund(p)
+		tab = &table{policy: p}
+	}
+	m := tab.methods[name]
+	skipped := false
+	if m == nil {
+		m, skipped = t.compile(c, p, name, len(tab.methods) < maxMethods)
+		grown := maps.Clone(tab.methods)
+		if grown == nil {
+			grown = map[string]*method{}
+		}
+		if len(grown) < maxMethods {
+			grown[name] = m
+		}
+		t.table.Store(&table{policy: p, methods: grown})
+	}
+	t.mu.Unlock()
+	if skipped {
+		c.once(name, "bobtail: not hedged: the policy does not name the method in full, and nothing says that it is safe to send twice",
+			"method", name)
+	}
+	return m
+}
+
+// fund makes the budget and the throttle that p wants, and keeps those that it
+// does not change.
+func (t *target) fund(p *Policy) {
+	switch {
+	case p.extraLoad == nil:
+		t.budget = nil
+	case t.budget == nil || *t.budgetOf != *p.extraLoad:
+		// The document was checked against the same bounds.
+		t.budget, _ = retry.NewBudget(*p.extraLoad, time.Now())
+	}
+	t.budgetOf = p.extraLoad
+	switch {
+	case p.throttle == nil:
+		t.throttle = nil
+	case t.throttle == nil || *t.throtOf != *p.throttle:
+		t.throttle, _ = retry.NewThrottle(*p.throttle)
+	}
+	t.throtOf = p.throttle
+}
+
+// compile returns what p means for a method; skipped is set if it would be hedged
+// but for want of consent.
+func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *method, skipped bool) {
+	m = &method{budget: t.budget, throttle: t.throttle}
+	e, named := p.lookup(name)
+	if e == nil {
+		return m, false
+	}
+	m.timeout = e.timeout
+	if e.hedging == nil || e.mode == modeOff || !room {
+		return m, false
+	}
+	if !e.consents(name, named) {
+		return m, !e.readOnly
+	}
+	cfg := *e.hedging
+	cfg.Shadow = e.mode == modeShadow
+	cfg.Report = c.reports
+	// An interface that holds a nil pointer is not nil: leave it unset.
+	if t.budget != nil {
+		cfg.Budget = t.budget
+	}
+	if t.throttle != nil {
+		cfg.Throttle = t.throttle
+	}
+	var err error
+	if h := t.learned[name]; h != nil {
+		m.hedger, err = h.With(cfg)
+	} else {
+		m.hedger, err = hedging.New(cfg)
+	}
+	if err != nil {
+		// The document was checked against the same bounds, so this is a bug of
+		// ours; the caller's call must not pay for it.
+		c.log.Error("bobtail: not hedged", "method", name, "error", err)
+		m.hedger = nil
+		return m, false
+	}
+	if len(t.learned) < maxMethods {
+		t.learned[name] = m.hedger
+	}
+	return m, false
+}
+
+// consents reports whether somebody who knows the method has said that it may be
+// executed more than once: the author of an entry that names it in full, or says
+// "idempotent", or the author of its proto.
+func (e *entry) consents(method string, named bool) bool {
+	level := idempotency(method)
+	if e.readOnly {
+		return level == descriptorpb.MethodOptions_NO_SIDE_EFFECTS
+	}
+	return named || e.idempotent || level != descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
+}
+
+// idempotency looks a "/service/method" up among the linked descriptors.
+func idempotency(method string) descriptorpb.MethodOptions_IdempotencyLevel {
+	name := []byte(method)
+	for i, b := range name {
+		if b == '/' {
+			name[i] = '.'
+		}
+	}
+	if len(name) == 0 || name[0] != '.' {
+		return descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
+	}
+	d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(name[1:]))
+	if err != nil {
+		return descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
+	}
+	o, ok := d.Options().(*descriptorpb.MethodOptions)
+	if !ok {
+		return descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
+	}
+	return o.GetIdempotencyLevel()
+}
