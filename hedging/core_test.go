@@ -245,6 +245,7 @@ func TestBeyondA6(t *testing.T) {
 		delay  time.Duration
 		gate   script
 		events []event
+		number int16 // of the newest attempt at the end, if it matters
 	}{{
 		name: "while the delay is unknown none is sent by time", max: 3, delay: -1,
 		events: []event{{0, "start", "launch 1"}, {100 * ms, "ok 1", "winner 1"}},
@@ -306,9 +307,10 @@ func TestBeyondA6(t *testing.T) {
 			{0, "start", "launch 1, wake 10"},
 			{10 * ms, "tick", "launch 1"},
 			{10 * ms, "unsent 2", ""},
-			{30 * ms, "fail 1", "launch 1"},
+			{30 * ms, "fail 1", "launch 1"}, // as number 2 again: the server is told of one attempt before it
 			{31 * ms, "ok 2", "winner 2"},
 		},
+		number: 2,
 	}, {
 		name: "the failure of the sibling in its way, told before the hedge is known to be unsent", max: 2, delay: 10 * ms,
 		events: []event{
@@ -324,7 +326,11 @@ func TestBeyondA6(t *testing.T) {
 	}} {
 		t.Run(tc.name, func(t *testing.T) {
 			g := slices.Clone(tc.gate)
-			play(t, &core{max: tc.max, delay: tc.delay, deadline: noTime}, &g, tc.events)
+			c := &core{max: tc.max, delay: tc.delay, deadline: noTime}
+			play(t, c, &g, tc.events)
+			if tc.number != 0 && c.number != tc.number {
+				t.Errorf("the newest attempt is number %d, want %d", c.number, tc.number)
+			}
 		})
 	}
 }
