@@ -3,7 +3,6 @@ package hedging
 import (
 	"context"
 	"errors"
-	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -25,13 +24,13 @@ import (
 // A panic of f reaches the caller as it would from a plain call, if that attempt
 // decides the call; that of a loser is dropped.
 func Do[T any](ctx context.Context, h *Hedger, f func(ctx context.Context) (T, error)) (T, error) {
-	now := time.Now()
+	now := h.now()
 	d := &do[T]{f: f}
 	d.race.h, d.race.ctx, d.race.op = h, ctx, d
 	d.first.own = &own{}
 	d.begin(now)
 	d.run(now)
-	d.report()
+	d.report("")
 	w := d.decided
 	if w == nil {
 		var zero T

@@ -1,6 +1,8 @@
 package hedging
 
 import (
+	"math"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -12,6 +14,18 @@ import (
 // Window is the span over which a [Hedger] remembers latencies.
 const Window = 30 * time.Second
 
+const (
+	// steerWidth is how many times the square root of the allowance the budget keeps
+	// in reserve. Over 10 seeds of 20,000 calls at p95 and 5%, 0.5 let the p99.9
+	// scatter up to 15 ms, 1 and 2 up to 7.6; 2 left a tenth of the budget unspent.
+	steerWidth = 1.0
+	// minShare keeps an empty budget from moving the delay out of all reach.
+	minShare = 0.1
+	// knownFor is how long an adaptive delay holds. What it is made from moves ten
+	// times a second.
+	knownFor = time.Millisecond
+)
+
 // Hedger hedges the calls of one method to one server: a policy, and what has
 // been learned of the method's latency. Make one with [New]. It is safe for
 // concurrent use and owns no goroutine.
@@ -20,6 +34,14 @@ type Hedger struct {
 	attempts int
 	nonFatal uint32 // a bit for each code
 	latency  *latency.Tracker
+	start    time.Time
+	// known is the adaptive delay as last worked out, good until knownUntil, in
+	// nanoseconds since start. Atomics because every call reads them; one may be
+	// newer than the other, and either delay is good.
+	known, knownUntil atomic.Int64
+	// shareBits is the float64 that share returns, 0 before any hedge was due. An
+	// atomic because calls that are due write it while calls that begin read it.
+	shareBits atomic.Uint64
 }
 
 // New returns a Hedger. A fault of cfg is an error that names the field, its
@@ -28,7 +50,8 @@ func New(cfg Config) (*Hedger, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return build(cfg, latency.New(Window, time.Now())), nil
+	now := time.Now()
+	return build(cfg, latency.New(Window, now), now), nil
 }
 
 // With returns a Hedger with another configuration that keeps, and goes on
@@ -37,16 +60,19 @@ func (h *Hedger) With(cfg Config) (*Hedger, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return build(cfg, h.latency), nil
+	return build(cfg, h.latency, h.start), nil
 }
 
-func build(cfg Config, t *latency.Tracker) *Hedger {
-	h := &Hedger{cfg: cfg, attempts: min(cfg.MaxAttempts, MaxAttemptsCap), latency: t}
+func build(cfg Config, t *latency.Tracker, start time.Time) *Hedger {
+	h := &Hedger{cfg: cfg, attempts: min(cfg.MaxAttempts, MaxAttemptsCap), latency: t, start: start}
 	for _, code := range cfg.NonFatalCodes {
 		h.nonFatal |= 1 << code
 	}
 	return h
 }
+
+// now is time.Now for half the price: it reads the monotonic clock alone.
+func (h *Hedger) now() time.Time { return h.start.Add(time.Since(h.start)) }
 
 // Delay returns the hedging delay in force now; ok is false while an adaptive
 // delay is not known yet and no fixed one stands in for it.
@@ -60,7 +86,23 @@ func (h *Hedger) delay(now time.Time) time.Duration {
 	if h.cfg.Percentile == 0 {
 		return h.cfg.Delay
 	}
-	d, ok := h.latency.Quantile(now, h.cfg.Percentile/100)
+	at := int64(now.Sub(h.start))
+	if at < h.knownUntil.Load() {
+		return time.Duration(h.known.Load())
+	}
+	d := h.adapt(now)
+	h.known.Store(int64(d))
+	h.knownUntil.Store(at + int64(knownFor))
+	return d
+}
+
+// adapt works out the adaptive delay.
+func (h *Hedger) adapt(now time.Time) time.Duration {
+	late := 1 - h.cfg.Percentile/100
+	d, ok := h.latency.Quantile(now, 1-late*h.share())
+	if !ok {
+		d, ok = h.latency.Quantile(now, 1-late)
+	}
 	if !ok {
 		// A cold start does not hedge blind: all that is known is what the
 		// configuration says.
@@ -74,6 +116,38 @@ func (h *Hedger) delay(now time.Time) time.Duration {
 		d = min(d, h.cfg.MaxDelay)
 	}
 	return d
+}
+
+// share is the fraction of the calls beyond the percentile that the budget has room
+// to hedge.
+func (h *Hedger) share() float64 {
+	if bits := h.shareBits.Load(); bits != 0 {
+		return math.Float64frombits(bits)
+	}
+	return 1
+}
+
+// steer moves the adaptive delay back while the budget runs low. At the p95 one call
+// in twenty asks for a hedge, as many as a budget of 5% pays for on average; half of
+// the time more do, and a budget that refuses whoever comes then refuses the very
+// slowest as often as a call that is just past its time. It is better to wait a
+// little longer with all of them: fewer ask, and those are the slow ones.
+//
+// The reserve below which the delay moves is in proportion to the square root of the
+// allowance, as the noise of the demand is.
+func (h *Hedger) steer(now time.Time) {
+	l, ok := h.cfg.Budget.(leveler)
+	if !ok || h.cfg.Percentile == 0 {
+		return
+	}
+	balance, allowance := l.Level(now)
+	share := balance / (1 + steerWidth*math.Sqrt(allowance))
+	h.shareBits.Store(math.Float64bits(min(1, max(minShare, share))))
+}
+
+// leveler is a Budget that can tell how near to its bound it is.
+type leveler interface {
+	Level(now time.Time) (balance, allowance float64)
 }
 
 // pointless reports whether an attempt sent now would probably be too late:

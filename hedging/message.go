@@ -23,6 +23,15 @@ func message(v any) proto.Message {
 	return m
 }
 
+// isMessage reports whether v can be cloned.
+func isMessage(v any) bool {
+	switch v.(type) {
+	case proto.Message, protoadapt.MessageV1:
+		return true
+	}
+	return false
+}
+
 // kindOf returns the type of m, by which a hedge makes a message of its own. It is
 // asked for before any attempt decodes into m, since even ProtoReflect reads what
 // decoding writes; and it is asked of the message, never of package reflect: a

@@ -3,7 +3,9 @@ package hedging
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -25,23 +27,41 @@ import (
 // starts no goroutine. It does allocate a race, which therefore keeps what only
 // hedges need elsewhere.
 type race struct {
-	h      *Hedger
-	ctx    context.Context // the caller's
-	op     operation
-	method string
-	begun  time.Time // the zero of core's time
+	h     *Hedger
+	ctx   context.Context // the caller's
+	op    operation
+	begun time.Time // the zero of core's time
+	// single is set when what is sent or received is no proto message, and so can be
+	// neither sent nor received twice.
+	single bool
 
-	mu     sync.Mutex // guards everything below until the race is decided
-	core   core
-	timer  *time.Timer
-	hedges []*branch // all but the first
+	mu      sync.Mutex // guards everything below until the race is decided
+	core    core
+	timer   *time.Timer
+	decided *branch // whose result is the call's; nil if the context ended it
+	rare    *rare   // nil until needed
 
-	suppressed Reason
-	decided    *branch       // whose result is the call's; nil if the context ended it
-	woken      chan struct{} // closed when the race is decided; nil unless the caller waits
+	// done is core.over for the caller's goroutine, which looks at it twice in
+	// every call: an atomic because it does so without the lock.
+	done atomic.Bool
 
 	attempts attempt.Call
 	first    branch
+}
+
+// rare is what few races come to have.
+type rare struct {
+	hedges     []*branch // all attempts but the first
+	suppressed Reason
+	woken      chan struct{} // closed when the race is decided, if the caller waits
+}
+
+// needs returns the rare part, made if need be. The lock is held.
+func (r *race) needs() *rare {
+	if r.rare == nil {
+		r.rare = &rare{}
+	}
+	return r.rare
 }
 
 // operation is the part of a race that differs between unary calls, streams and
@@ -103,6 +123,9 @@ func (r *race) run(now time.Time) {
 		b.Deposit(now)
 	}
 	r.core = core{max: int16(r.h.attempts), delay: r.h.delay(now), deadline: noTime}
+	if r.single {
+		r.core.max = 1
+	}
 	if d, ok := r.ctx.Deadline(); ok {
 		r.core.deadline = d.Sub(r.begun)
 	}
@@ -126,6 +149,9 @@ func (r *race) run(now time.Time) {
 
 // close decides the race in favour of nobody, unless it is decided.
 func (r *race) close() {
+	if r.done.Load() {
+		return
+	}
 	r.mu.Lock()
 	if !r.core.over {
 		r.core.finish(0)
@@ -159,8 +185,7 @@ func (r *race) attempt(b *branch) *branch {
 	} else {
 		r.tryRecovered(b)
 	}
-	wall := time.Now()
-	now := wall.Sub(r.begun)
+	now := time.Since(r.begun) // cheaper than time.Now, and all that is needed
 	b.attempt.End()
 	code := r.op.code(b.err)
 
@@ -174,7 +199,7 @@ func (r *race) attempt(b *branch) *branch {
 		code = codes.Canceled // whatever it says, it was cut off
 	}
 	if !b.unmeasured {
-		r.h.record(wall, now-b.started, code)
+		r.h.record(r.begun.Add(now), now-b.started, code)
 	}
 	if superseded {
 		return nil
@@ -207,7 +232,7 @@ func (r *race) judge(b *branch, code codes.Code) result {
 	p := outcome.ReadPushback(b.trailer)
 	res.stop, res.hasWait, res.wait = p.Stop, p.Given && !p.Stop, p.Delay
 	if p.Stop && res.class == nonFatal {
-		r.suppressed = Pushback
+		r.needs().suppressed = Pushback
 	}
 	return res
 }
@@ -218,7 +243,7 @@ func (r *race) takeBack(b *branch, now time.Duration) *branch {
 		r.h.cfg.Budget.GiveBack(r.begun.Add(b.started))
 	}
 	if !r.core.over {
-		r.suppressed = NoBackend
+		r.needs().suppressed = NoBackend
 	}
 	return r.follow(r.core.unsent(now, b.number(), r), now, b.inline)
 }
@@ -260,9 +285,12 @@ func (r *race) follow(s step, now time.Duration, inline bool) *branch {
 // branch returns attempt number k: the newest, since an unsent attempt gives its
 // number back.
 func (r *race) branch(k int16) *branch {
-	for i := len(r.hedges) - 1; i >= 0; i-- {
-		if r.hedges[i].number() == k {
-			return r.hedges[i]
+	if r.rare == nil {
+		return &r.first
+	}
+	for _, b := range slices.Backward(r.rare.hedges) {
+		if b.number() == k {
+			return b
 		}
 	}
 	return &r.first
@@ -281,32 +309,39 @@ func (r *race) arm(s step, now time.Duration) {
 // settle cancels the losers and wakes the caller. The winner's context is left to
 // the operation: a stream goes on under it.
 func (r *race) settle() {
+	r.done.Store(true)
 	if r.timer != nil {
 		r.timer.Stop()
 	}
 	if r.decided != &r.first {
 		r.first.cancel()
 	}
-	for _, b := range r.hedges {
+	if r.rare == nil {
+		return
+	}
+	for _, b := range r.rare.hedges {
 		if b != r.decided {
 			b.cancel()
 		}
 	}
-	if r.woken != nil {
-		close(r.woken)
-		r.woken = nil
+	if r.rare.woken != nil {
+		close(r.rare.woken)
+		r.rare.woken = nil
 	}
 }
 
 // wait blocks the caller, who has nothing to run, until the race is decided.
 func (r *race) wait() {
+	if r.done.Load() {
+		return
+	}
 	r.mu.Lock()
 	if r.core.over {
 		r.mu.Unlock()
 		return
 	}
 	woken := make(chan struct{})
-	r.woken = woken
+	r.needs().woken = woken
 	r.mu.Unlock()
 	select {
 	case <-woken:
@@ -328,7 +363,7 @@ func (r *race) openHedge(now time.Duration, k int16, inline bool) *branch {
 	r.open(b, now, k, attempt.Hedge)
 	b.attempt.Streaming = r.first.attempt.Streaming
 	b.Context = b.attempt.Outgoing(b.Context)
-	r.hedges = append(r.hedges, b)
+	r.needs().hedges = append(r.rare.hedges, b)
 	r.op.prepare(b)
 	return b
 }
@@ -338,32 +373,39 @@ func (r *race) permit(now time.Duration) verdict {
 	cfg := &r.h.cfg
 	switch {
 	case attempt.IsExtra(r.ctx):
-		r.suppressed = Nested
+		r.needs().suppressed = Nested
 	case r.h.pointless(r.begun.Add(now), r.core.deadline-now):
-		r.suppressed = NoTime
+		r.needs().suppressed = NoTime
 	case cfg.Throttle != nil && !cfg.Throttle.Allow():
 		// A6: "The hedged request is cancelled, and if there are no other
 		// already-sent hedged RPCs the failure is returned".
-		r.suppressed = Throttled
+		r.needs().suppressed = Throttled
 	case cfg.Shadow:
-		r.suppressed = InShadow
-	case cfg.Budget != nil && !cfg.Budget.TryWithdraw(r.begun.Add(now)):
-		r.suppressed = NoBudget
-		return later
-	default:
+		r.needs().suppressed = InShadow
+	case cfg.Budget == nil:
 		return send
+	default:
+		at := r.begun.Add(now)
+		ok := cfg.Budget.TryWithdraw(at)
+		r.h.steer(at)
+		if ok {
+			return send
+		}
+		r.needs().suppressed = NoBudget
+		return later
 	}
 	return never
 }
 
 // report tells the configuration's hook what became of the call.
-func (r *race) report() {
+func (r *race) report(method string) {
 	if r.h.cfg.Report == nil {
 		return
 	}
 	r.mu.Lock()
-	rep := Report{
-		Method: r.method, Attempts: int(r.core.sent), Delay: r.core.delay, Suppressed: r.suppressed,
+	rep := Report{Method: method, Attempts: int(r.core.sent), Delay: r.core.delay}
+	if r.rare != nil {
+		rep.Suppressed = r.rare.suppressed
 	}
 	if r.decided != nil {
 		rep.Winner = r.decided.attempt.Number

@@ -35,8 +35,8 @@ func (h *Hedger) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc
 	if desc.ClientStreams || !desc.ServerStreams {
 		return streamer(ctx, desc, cc, method, opts...)
 	}
-	s := &stream{desc: desc, cc: cc, streamer: streamer, opts: opts}
-	s.race.h, s.race.ctx, s.race.method, s.race.op = h, ctx, method, s
+	s := &stream{method: method, desc: desc, cc: cc, streamer: streamer, opts: opts}
+	s.race.h, s.race.ctx, s.race.op = h, ctx, s
 	s.hedgeOpts = forHedge(opts)
 	s.first.own = &own{}
 	s.first.attempt.Streaming = true
@@ -67,6 +67,7 @@ func (h *Hedger) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc
 // stream is the grpc.ClientStream that the caller holds.
 type stream struct {
 	race
+	method   string
 	desc     *grpc.StreamDesc
 	cc       *grpc.ClientConn
 	streamer grpc.Streamer
@@ -194,13 +195,9 @@ func (s *stream) compete(into any) *branch {
 	if out != nil {
 		s.kind = kindOf(out)
 	}
-	if s.req == nil || into != nil && out == nil {
-		plain := *s.h // no proto message: it cannot be sent or received twice
-		plain.attempts = 1
-		s.h = &plain
-	}
+	s.single = s.req == nil || into != nil && out == nil
 	s.run(now)
-	s.report()
+	s.report(s.method)
 	w := s.winner()
 	if w != nil && w.panicked != nil {
 		w.cancel()

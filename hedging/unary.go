@@ -2,7 +2,6 @@ package hedging
 
 import (
 	"context"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -30,12 +29,12 @@ import (
 func (h *Hedger) InvokeUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	out := message(reply)
-	if out == nil || message(req) == nil {
+	if out == nil || !isMessage(req) {
 		return invoker(ctx, method, req, reply, cc, opts...)
 	}
-	now := time.Now()
-	u := &unary{req: req, reply: reply, kind: kindOf(out), cc: cc, invoker: invoker, opts: opts}
-	u.race.h, u.race.ctx, u.race.method, u.race.op = h, ctx, method, u
+	now := h.now()
+	u := &unary{method: method, req: req, reply: reply, kind: kindOf(out), cc: cc, invoker: invoker, opts: opts}
+	u.race.h, u.race.ctx, u.race.op = h, ctx, u
 	u.begin(now)
 	u.run(now)
 	return u.finish()
@@ -44,6 +43,7 @@ func (h *Hedger) InvokeUnary(ctx context.Context, method string, req, reply any,
 // unary is the operation of a unary call.
 type unary struct {
 	race
+	method     string
 	req, reply any
 	kind       protoreflect.MessageType // of reply
 	cc         *grpc.ClientConn
@@ -100,7 +100,7 @@ func (u *unary) code(err error) codes.Code { return status.Code(err) }
 
 // finish hands the result to the caller.
 func (u *unary) finish() error {
-	u.report()
+	u.report(u.method)
 	w := u.decided
 	if w == nil {
 		return u.done(status.FromContextError(u.ctx.Err()).Err())

@@ -253,6 +253,18 @@ func (b *Budget) Balance(now time.Time) float64 {
 	return max(0, 1+min(f.total.less(f.extraTotal), f.window.less(f.extraWindow)))
 }
 
+// Level returns the Balance at now beside the allowance: how many extra attempts
+// the window that ends at now (or the time since the start, while that pays for
+// fewer) pays for in all, whether spent or not. Their ratio tells a caller how near
+// the bound is before it is refused, so that it can spend on what matters most.
+func (b *Budget) Level(now time.Time) (balance, allowance float64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	f := b.funds(max(b.since(now), b.elapsed))
+	balance = max(0, 1+min(f.total.less(f.extraTotal), f.window.less(f.extraWindow)))
+	return balance, 1 + min(f.total.less(0), f.window.less(0))
+}
+
 // since is the time from the start to now, never negative.
 func (b *Budget) since(now time.Time) time.Duration {
 	return max(0, now.Sub(b.start))
