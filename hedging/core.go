@@ -61,9 +61,11 @@ const (
 )
 
 // gate is asked before every attempt but the first. It takes the token when it
-// says send.
+// says send. first is set when the attempt is due by time and asked for the first
+// time: it may be told to wait while there are tokens, for the sake of those that
+// have waited longer.
 type gate interface {
-	permit(now time.Duration) verdict
+	permit(now time.Duration, first bool) verdict
 }
 
 // class is what one attempt's answer means to the call.
@@ -97,7 +99,7 @@ func (c *core) start(now time.Duration, g gate) step {
 	case c.delay < 0 || c.max <= 1:
 	case c.delay == 0:
 		// A6: a hedgingDelay that is absent or 0 sends all attempts at once.
-		for c.more() && c.ask(now, g) {
+		for c.more() && c.ask(now, true, g) {
 			s.launch++
 		}
 	default:
@@ -118,7 +120,7 @@ func (c *core) tick(now time.Duration, g gate) step {
 	due := c.next
 	c.next = noTime
 	s := idle
-	for c.more() && c.ask(now, g) {
+	for c.more() && c.ask(now, c.again == 0 && c.running > 0, g) {
 		s.launch++
 		c.schedule(due)
 		if c.delay != 0 {
@@ -197,7 +199,7 @@ func (c *core) atOnce(now time.Duration, g gate) step {
 	if c.pushed {
 		return c.rest() // the server named the time
 	}
-	if c.more() && c.ask(now, g) {
+	if c.more() && c.ask(now, false, g) {
 		c.schedule(now)
 		return step{launch: 1, wake: c.next}
 	}
@@ -214,9 +216,9 @@ func (c *core) rest() step {
 }
 
 // ask puts one more attempt to the gate and counts it if it may go.
-func (c *core) ask(now time.Duration, g gate) bool {
+func (c *core) ask(now time.Duration, first bool, g gate) bool {
 	c.pushed = false
-	switch g.permit(now) {
+	switch g.permit(now, first) {
 	case send:
 		c.number++
 		c.sent++

@@ -13,7 +13,7 @@ const ms = time.Millisecond
 // script is a gate that says what it is told, and send when it has run out.
 type script []verdict
 
-func (s *script) permit(time.Duration) verdict {
+func (s *script) permit(time.Duration, bool) verdict {
 	if len(*s) == 0 {
 		return send
 	}
@@ -332,5 +332,29 @@ func TestBeyondA6(t *testing.T) {
 				t.Errorf("the newest attempt is number %d, want %d", c.number, tc.number)
 			}
 		})
+	}
+}
+
+// firsts notes which asks are the first by time of their attempt, and refuses all.
+type firsts []bool
+
+func (f *firsts) permit(_ time.Duration, first bool) verdict {
+	*f = append(*f, first)
+	return later
+}
+
+// A hedge that is due by time for the first time can wait for those that have waited
+// longer; one that is asked for again, or that a failure calls for, cannot.
+func TestWhoMayWait(t *testing.T) {
+	c := &core{max: 3, delay: 10 * ms, deadline: noTime}
+	var f firsts
+	play(t, c, &f, []event{
+		{0, "start", "launch 1, wake 10"},
+		{10 * ms, "tick", "wake 20"},
+		{20 * ms, "tick", "wake 40"},
+		{30 * ms, "fail 1", "winner 1"},
+	})
+	if want := (firsts{true, false, false}); !slices.Equal(f, want) {
+		t.Errorf("first: %v, want %v", f, want)
 	}
 }

@@ -19,6 +19,9 @@ const (
 	// in reserve. Over 10 seeds of 20,000 calls at p95 and 5%, 0.5 let the p99.9
 	// scatter up to 15 ms, 1 and 2 up to 7.6; 2 left a tenth of the budget unspent.
 	steerWidth = 1.0
+	// firstReserve is how many times that root is kept from first asks: 5 tokens of an
+	// allowance of 500, none below 16.
+	firstReserve = 0.25
 	// minShare keeps an empty budget from moving the delay out of all reach.
 	minShare = 0.1
 	// knownFor is how long an adaptive delay holds. What it is made from moves ten
@@ -118,8 +121,8 @@ func (h *Hedger) adapt(now time.Time) time.Duration {
 	return d
 }
 
-// share is the fraction of the calls beyond the percentile that the budget has room
-// to hedge.
+// share is the fraction of the calls beyond the percentile that the budget had room
+// to hedge when one was last due.
 func (h *Hedger) share() float64 {
 	if bits := h.shareBits.Load(); bits != 0 {
 		return math.Float64frombits(bits)
@@ -127,22 +130,34 @@ func (h *Hedger) share() float64 {
 	return 1
 }
 
-// steer moves the adaptive delay back while the budget runs low. At the p95 one call
-// in twenty asks for a hedge, as many as a budget of 5% pays for on average; half of
-// the time more do, and a budget that refuses whoever comes then refuses the very
-// slowest as often as a call that is just past its time. It is better to wait a
-// little longer with all of them: fewer ask, and those are the slow ones.
+// afford takes the token of an extra attempt, if the budget has one for it. A budget
+// that refuses whoever happens to come refuses the very slowest call as often as one
+// that is just past its time, so while it runs low two things make it last for those
+// who have waited longest:
 //
-// The reserve below which the delay moves is in proportion to the square root of the
-// allowance, as the noise of the demand is.
-func (h *Hedger) steer(now time.Time) {
-	l, ok := h.cfg.Budget.(leveler)
-	if !ok || h.cfg.Percentile == 0 {
-		return
+//   - The adaptive delay moves back. At the p95 one call in twenty asks for a hedge, as
+//     many as a budget of 5% pays for on average; half of the time more do. It is
+//     better to wait a little longer with all of them: fewer ask, and those are slow.
+//   - The last tokens are kept from hedges that ask for the first time. They ask again
+//     after twice the delay; most have their answer by then.
+//
+// Both reserves are in proportion to the square root of the allowance, as the noise of
+// the demand is.
+func (h *Hedger) afford(at time.Time, first bool) bool {
+	b := h.cfg.Budget
+	if b == nil {
+		return true
 	}
-	balance, allowance := l.Level(now)
-	share := balance / (1 + steerWidth*math.Sqrt(allowance))
-	h.shareBits.Store(math.Float64bits(min(1, max(minShare, share))))
+	if l, ok := b.(leveler); ok {
+		balance, allowance := l.Level(at)
+		noise := math.Sqrt(allowance)
+		share := balance / (1 + steerWidth*noise)
+		h.shareBits.Store(math.Float64bits(min(1, max(minShare, share))))
+		if first && balance < 1+math.Floor(firstReserve*noise) {
+			return false
+		}
+	}
+	return b.TryWithdraw(at)
 }
 
 // leveler is a Budget that can tell how near to its bound it is.

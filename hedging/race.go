@@ -369,7 +369,7 @@ func (r *race) openHedge(now time.Duration, k int16, inline bool) *branch {
 }
 
 // permit implements gate.
-func (r *race) permit(now time.Duration) verdict {
+func (r *race) permit(now time.Duration, first bool) verdict {
 	cfg := &r.h.cfg
 	switch {
 	case attempt.IsExtra(r.ctx):
@@ -382,15 +382,9 @@ func (r *race) permit(now time.Duration) verdict {
 		r.needs().suppressed = Throttled
 	case cfg.Shadow:
 		r.needs().suppressed = InShadow
-	case cfg.Budget == nil:
+	case r.h.afford(r.begun.Add(now), first):
 		return send
 	default:
-		at := r.begun.Add(now)
-		ok := cfg.Budget.TryWithdraw(at)
-		r.h.steer(at)
-		if ok {
-			return send
-		}
 		r.needs().suppressed = NoBudget
 		return later
 	}

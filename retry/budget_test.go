@@ -609,3 +609,31 @@ func BenchmarkBudget(b *testing.B) {
 		}
 	})
 }
+
+// Level tells what is left beside what the window pays for in all.
+func TestBudgetLevel(t *testing.T) {
+	start := time.Unix(1_800_000_000, 0)
+	b, err := NewBudget(BudgetConfig{Max: 0.1, Window: 10 * time.Second}, start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(when string, at time.Duration, balance, allowance float64) {
+		t.Helper()
+		l, a := b.Level(start.Add(at))
+		if math.Abs(l-balance) > 1e-6 || math.Abs(a-allowance) > 1e-6 {
+			t.Errorf("%s: %v of %v, want %v of %v", when, l, a, balance, allowance)
+		}
+	}
+	check("new", 0, 1, 1)
+	for range 100 {
+		b.Deposit(start)
+	}
+	check("after 100 first attempts", time.Second, 11, 11)
+	for range 4 {
+		b.TryWithdraw(start.Add(time.Second))
+	}
+	check("4 withdrawn", 2*time.Second, 7, 11)
+	b.GiveBack(start.Add(time.Second))
+	check("one given back", 2*time.Second, 8, 11)
+	check("after a window of silence", time.Minute, 1, 1)
+}
