@@ -1,0 +1,264 @@
+package fleet
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/bobtail-rpc/bobtail/bench/scenario"
+	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+)
+
+// This test binary also plays the child, and a parent that is killed.
+func TestMain(m *testing.M) {
+	switch os.Getenv("FLEET_TEST") {
+	case "":
+		goleak.VerifyTestMain(m)
+	case "serve":
+		if err := Serve(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	case "mute":
+		fmt.Fprintln(os.Stderr, "no voice")
+		os.Exit(3)
+	case "parent":
+		os.Setenv("FLEET_TEST", "serve")
+		f, err := Start(context.Background(), Config{Scenario: tiny, Command: self(), Processes: 2})
+		if err != nil {
+			panic(err)
+		}
+		for _, a := range f.addrs {
+			fmt.Println(a)
+		}
+		select {}
+	}
+}
+
+var tiny = &scenario.Scenario{
+	Name: "tiny", Backends: 3, Fanout: 1, Rate: 1, Arrivals: "poisson", Requests: 1, Timeout: scenario.Duration(time.Second),
+	ServiceTime: []scenario.Component{{Weight: 1, Constant: &scenario.Constant{Value: scenario.Duration(time.Millisecond)}}},
+}
+
+func self() []string {
+	exe, err := os.Executable()
+	if err != nil {
+		panic(err)
+	}
+	return []string{exe}
+}
+
+func start(t *testing.T, processes int) *Fleet {
+	t.Helper()
+	t.Setenv("FLEET_TEST", "serve")
+	f, err := Start(t.Context(), Config{Scenario: tiny, Seed: 1, Command: self(), Processes: processes})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(f.Close)
+	return f
+}
+
+// Backends in child processes answer, each under its own index.
+func TestFleet(t *testing.T) {
+	for _, processes := range []int{1, 2, 9} {
+		f := start(t, processes)
+		if want := min(processes, 3); len(f.children) != want {
+			t.Errorf("%d processes, want %d", len(f.children), want)
+		}
+		cc, err := f.Dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, err := kvpb.NewKVClient(cc).Get(t.Context(), &kvpb.Request{Id: 9})
+		if err != nil || res.Id != 9 || res.Backend == "" {
+			t.Errorf("%v, %v", res, err)
+		}
+		cc.Close()
+		f.Close()
+		for _, c := range f.children {
+			if c.err != nil {
+				t.Errorf("a child ended with %v", c.err)
+			}
+		}
+		select {
+		case err := <-f.Died():
+			t.Errorf("Close is told as a death: %v", err)
+		default:
+		}
+		f.Close() // harmless
+	}
+}
+
+// A backend that dies is noticed.
+func TestDied(t *testing.T) {
+	f := start(t, 1)
+	if err := f.children[0].cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-f.Died(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("%v, want that it was killed", err)
+	}
+}
+
+// A child that fails says why; an interrupt while starting ends it.
+func TestStartFails(t *testing.T) {
+	t.Setenv("FLEET_TEST", "mute")
+	_, err := Start(t.Context(), Config{Scenario: tiny, Command: self()})
+	if err == nil || !strings.Contains(err.Error(), "no voice") {
+		t.Errorf("%v, want what the child said", err)
+	}
+	if _, err := Start(t.Context(), Config{Scenario: tiny, Command: []string{"/nonexistent"}}); err == nil {
+		t.Error("started a program that is not there")
+	}
+	t.Setenv("FLEET_TEST", "serve")
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	// Whether the hello or the interrupt is seen first is the scheduler's choice.
+	if f, err := Start(ctx, Config{Scenario: tiny, Command: self()}); err == nil {
+		f.Close()
+	} else if !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, want Canceled", err)
+	}
+	bad := *tiny
+	bad.Backends, bad.Rate = 1, -1
+	if _, err := Start(t.Context(), Config{Scenario: &bad, Command: self()}); err == nil || !strings.Contains(err.Error(), "$.rate") {
+		t.Errorf("%v, want the child's complaint", err)
+	}
+}
+
+// When the parent is killed outright, its children end by themselves: their
+// connections close.
+func TestOrphans(t *testing.T) {
+	parent := exec.Command(self()[0])
+	parent.Env = append(os.Environ(), "FLEET_TEST=parent")
+	out, err := parent.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := parent.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var conns []*grpc.ClientConn
+	lines := bufio.NewScanner(out)
+	for range tiny.Backends {
+		if !lines.Scan() {
+			t.Fatal("the parent did not start its children")
+		}
+		c, err := grpc.NewClient(lines.Text(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := kvpb.NewKVClient(c).Get(t.Context(), &kvpb.Request{}); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	if err := parent.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	parent.Wait() //nolint:errcheck // it was killed
+	for _, c := range conns {
+		c.WaitForStateChange(t.Context(), connectivity.Ready)
+	}
+}
+
+// The child ends with its input, and refuses orders that it does not understand.
+func TestServe(t *testing.T) {
+	doc, err := json.Marshal(tiny)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, orders := io.Pipe()
+	hello, out := io.Pipe()
+	ended := make(chan error, 1)
+	go func() { ended <- Serve(in, out) }()
+	if err := json.NewEncoder(orders).Encode(Orders{Scenario: doc, Backends: []int{2, 0}}); err != nil {
+		t.Fatal(err)
+	}
+	var h Hello
+	if err := json.NewDecoder(hello).Decode(&h); err != nil || len(h.Addrs) != 2 || !strings.HasPrefix(h.Addrs[0], "127.0.0.1:") {
+		t.Errorf("%+v, %v, want two addresses on loopback", h, err)
+	}
+	orders.Close()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	for _, bad := range []string{"", "{", `{"scenario":{}}`} {
+		if err := Serve(strings.NewReader(bad), io.Discard); err == nil {
+			t.Errorf("orders %q were accepted", bad)
+		}
+	}
+}
+
+// A backend takes as long as the scenario says for this call, attempt and
+// moment, and leaves when the caller does.
+func TestBackend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := scenario.Named("slow-replica")
+		if err != nil {
+			t.Fatal(err)
+		}
+		sleep := func(ctx context.Context, d time.Duration) error {
+			select {
+			case <-time.After(d):
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		timed := func(index int, id uint64, previous ...string) time.Duration {
+			ctx := t.Context()
+			for _, p := range previous {
+				ctx = metadata.NewIncomingContext(ctx, metadata.Pairs("grpc-previous-rpc-attempts", p))
+			}
+			begun := time.Now()
+			if _, err := NewBackend(s, 7, index, sleep).Get(ctx, &kvpb.Request{Id: id}); err != nil {
+				t.Error(err)
+			}
+			return time.Since(begun)
+		}
+		for id := range uint64(20) {
+			for _, c := range []struct {
+				previous []string
+				attempt  int
+			}{{nil, 0}, {[]string{"1"}, 1}, {[]string{"3"}, 3}, {[]string{"x"}, 0}, {[]string{"-1"}, 0}} {
+				if got, want := timed(2, id, c.previous...), s.Service(7, id, c.attempt, 2, 0); got != want {
+					t.Errorf("call %d, previous attempts %q: %v, want %v", id, c.previous, got, want)
+				}
+			}
+		}
+
+		// The timeline counts from the request's epoch: find a moment in a stall.
+		s.Stalls = &scenario.Stalls{MeanInterval: scenario.Duration(time.Second), Min: scenario.Duration(500e6), Max: scenario.Duration(500e6)}
+		at := time.Duration(0)
+		for s.Service(7, 0, 0, 0, at) < 400*time.Millisecond {
+			at += 10 * time.Millisecond
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		begun := time.Now()
+		if _, err := NewBackend(s, 7, 0, sleep).Get(ctx, &kvpb.Request{EpochUnixNs: begun.Add(-at).UnixNano()}); err == nil {
+			t.Error("a stalled backend answered")
+		}
+		if took := time.Since(begun); took != 100*time.Millisecond {
+			t.Errorf("left after %v, want when the caller did, 100ms", took)
+		}
+	})
+}

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/term"
+
+	"github.com/bobtail-rpc/bobtail/bench/experiment"
+)
+
+// progress shows how far the run is: a bar on a terminal, else a line every few
+// seconds. It writes to standard error, so the report can be piped.
+type progress struct {
+	w    io.Writer
+	name string
+
+	bars *mpb.Progress // nil: lines
+	bar  *mpb.Bar
+
+	every       time.Duration // between two lines
+	began, last time.Time
+}
+
+// lineEvery is how often a line is written where there is no terminal: seldom
+// enough for a log, often enough to see that it lives. progressEnv overrides it.
+const (
+	lineEvery   = 5 * time.Second
+	progressEnv = "BENCH_PROGRESS_EVERY"
+)
+
+func newProgress(w io.Writer, name string) *progress {
+	p := &progress{w: w, name: name, every: lineEvery, began: time.Now(), last: time.Now()}
+	if d, err := time.ParseDuration(os.Getenv(progressEnv)); err == nil {
+		p.every = d
+	}
+	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		p.bars = mpb.New(mpb.WithOutput(w), mpb.WithWidth(40), mpb.WithRefreshRate(250*time.Millisecond))
+		p.bar = p.bars.AddBar(0,
+			mpb.BarRemoveOnComplete(),
+			mpb.PrependDecorators(decor.Name(name+" ")),
+			mpb.AppendDecorators(decor.CountersNoUnit("%d / %d requests "), decor.Elapsed(decor.ET_STYLE_MMSS)),
+		)
+	}
+	return p
+}
+
+// update is called from one goroutine, once per block.
+func (p *progress) update(at experiment.Progress) {
+	if p.bar != nil {
+		p.bar.SetTotal(int64(max(at.Total, at.Sent+1)), false) // only close completes it
+		p.bar.SetCurrent(int64(at.Sent))
+		return
+	}
+	if now := time.Now(); now.Sub(p.last) >= p.every {
+		p.last = now
+		fmt.Fprintf(p.w, "bench: %s: %d of about %d requests, %v\n", p.name, at.Sent, at.Total, now.Sub(p.began).Round(time.Second))
+	}
+}
+
+// close takes the bar away.
+func (p *progress) close() {
+	if p.bar != nil {
+		p.bar.Abort(true)
+		p.bars.Wait()
+	}
+}

@@ -1,0 +1,122 @@
+package scenario
+
+import (
+	"math"
+	"slices"
+	"time"
+)
+
+// Service is how long an attempt takes at a backend that starts it at the
+// moment at of the scenario's timeline.
+//
+// The draw depends on seed, call (id) and attempt, not on the backend: whatever
+// a policy picks, it faces the same luck. The backend contributes only its
+// factor and its stalls. Pure and safe for concurrent use.
+func (s *Scenario) Service(seed, id uint64, attempt, backend int, at time.Duration) time.Duration {
+	d := draw{seed, id, uint64(attempt)}
+	t := s.mixture(d)
+	if st := s.Stragglers; st != nil && d.uniform(straggler) < st.Probability {
+		t += float64(st.Add)
+	}
+	for _, slow := range s.Slow {
+		if slow.Backend == backend {
+			t *= slow.Factor
+		}
+	}
+	// A lognormal of a large sigma has no end; a Duration has. No request waits longer.
+	work := time.Duration(min(t, float64(2*maxDuration)))
+	if s.Stalls == nil {
+		return work
+	}
+	return s.Stalls.stretch(seed, backend, at, work)
+}
+
+func (s *Scenario) mixture(d draw) float64 {
+	var sum float64
+	for _, c := range s.ServiceTime {
+		sum += c.Weight
+	}
+	u := d.uniform(component) * sum
+	for _, c := range s.ServiceTime[:len(s.ServiceTime)-1] {
+		if u -= c.Weight; u < 0 {
+			return c.quantile(d.uniform(duration))
+		}
+	}
+	return s.ServiceTime[len(s.ServiceTime)-1].quantile(d.uniform(duration))
+}
+
+// quantile is the component's inverse distribution function, in nanoseconds.
+func (c Component) quantile(u float64) float64 {
+	t := float64(c.Shift)
+	switch {
+	case c.Lognormal != nil:
+		t += float64(c.Lognormal.Median) * math.Exp(c.Lognormal.Sigma*math.Sqrt2*math.Erfinv(2*u-1))
+	case c.Exponential != nil:
+		t += float64(c.Exponential.Mean) * -math.Log1p(-u)
+	case c.Constant != nil:
+		t += float64(c.Constant.Value)
+	}
+	return t
+}
+
+// stretch is how long work takes that begins at the moment at: it stands still
+// while the backend stalls. Time is cut into cells of MeanInterval, each of
+// which holds one stall, so no history need be kept.
+func (st *Stalls) stretch(seed uint64, backend int, at, work time.Duration) time.Duration {
+	if len(st.Backends) > 0 && !slices.Contains(st.Backends, backend) {
+		return work
+	}
+	end := at
+	for cell := max(at, 0) / time.Duration(st.MeanInterval); ; cell++ {
+		from, to := st.stall(seed, backend, cell)
+		if to <= end {
+			continue
+		}
+		if from >= end+work {
+			return end + work - at
+		}
+		if from > end {
+			work -= from - end
+		}
+		end = to
+	}
+}
+
+// stall is the one in the given cell. It lies inside the cell whole.
+func (st *Stalls) stall(seed uint64, backend int, cell time.Duration) (from, to time.Duration) {
+	d := draw{seed, uint64(backend), uint64(cell)}
+	length := float64(st.Min) + d.uniform(stallLength)*float64(st.Max-st.Min)
+	free := float64(st.MeanInterval) - length
+	from = cell*time.Duration(st.MeanInterval) + time.Duration(d.uniform(stallStart)*free)
+	return from, from + time.Duration(length)
+}
+
+// Each random number of a draw has a stream of its own, so that they are independent.
+const (
+	component uint64 = iota + 1
+	duration
+	straggler
+	stallStart
+	stallLength
+)
+
+// draw names one source of random numbers: a call's attempt, or a backend's stall.
+type draw [3]uint64
+
+// uniform returns a number in (0, 1) that depends on nothing but d and stream.
+func (d draw) uniform(stream uint64) float64 {
+	h := mix(d[0])
+	for _, v := range [...]uint64{d[1], d[2], stream} {
+		h = mix(h ^ v)
+	}
+	return (float64(h>>11) + 0.5) / (1 << 53)
+}
+
+// mix is a step of splitmix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection whose output
+// bits each depend on every input bit.
+func mix(x uint64) uint64 {
+	x += 0x9e3779b97f4a7c15
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
+}
