@@ -38,7 +38,7 @@ type Client struct {
 	current atomic.Pointer[Policy]
 	// targets is copied on write, because every call reads it.
 	targets atomic.Pointer[map[string]*target]
-	mu      sync.Mutex // serialises the writers of current, targets and told
+	mu      sync.Mutex // serialises the writers of targets; guards told
 	told    map[string]bool
 }
 
@@ -73,10 +73,12 @@ func (c *Client) warn(p *Policy) {
 // bounded: those beyond are not logged.
 func (c *Client) once(key, msg string, args ...any) {
 	c.mu.Lock()
-	known := c.told[key] || len(c.told) >= maxMethods
-	c.told[key] = true
+	tell := !c.told[key] && len(c.told) < maxMethods
+	if tell {
+		c.told[key] = true
+	}
 	c.mu.Unlock()
-	if !known {
+	if tell {
 		c.log.Warn(msg, args...)
 	}
 }

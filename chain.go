@@ -2,6 +2,7 @@ package bobtail
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -36,17 +37,27 @@ func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	m := c.method(cc, name)
 	if m.timeout > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, m.timeout)
-		// The deadline is the stream's, not this function's.
-		opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(func(error) { cancel() }))
+		limited, cancel := context.WithTimeout(ctx, m.timeout)
+		// The deadline is the stream's, not this function's, unless it does not open.
+		opts = append(slices.Clip(opts), grpc.OnFinish(func(error) { cancel() }))
+		s, err := c.open(limited, m, desc, cc, name, streamer, opts...)
+		if err != nil {
+			cancel()
+		}
+		return s, err
 	}
+	return c.open(ctx, m, desc, cc, name, streamer, opts...)
+}
+
+// open opens a stream within its deadline.
+func (c *Client) open(ctx context.Context, m *method, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string,
+	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	if m.hedger != nil && desc.ServerStreams && !desc.ClientStreams {
 		return m.hedger.OpenStream(ctx, desc, cc, name, streamer, opts...)
 	}
 	m.first()
 	if m.throttle != nil {
-		opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(m.ended))
+		opts = append(slices.Clip(opts), grpc.OnFinish(m.ended))
 	}
 	return streamer(ctx, desc, cc, name, opts...)
 }

@@ -43,7 +43,8 @@ func (d *document) fault(path, format string, args ...any) {
 	if path == "" {
 		path = "document"
 	}
-	d.faults = append(d.faults, fmt.Errorf("bobtail: "+d.what+": "+path+": "+format, args...))
+	// A path holds keys of the user's, which must not be taken for a format.
+	d.faults = append(d.faults, fmt.Errorf("bobtail: %s: %s: %w", d.what, path, fmt.Errorf(format, args...)))
 }
 
 // parse returns the root object, nil if the text is no JSON object.

@@ -111,19 +111,26 @@ func (d *document) policy(p *Policy, r *reader) {
 		p.extraLoad = e.extraLoad()
 	}
 	m := r.mode(modeOn)
-	if v, ok := r.pass("healthCheckConfig"); ok {
-		passed["healthCheckConfig"] = v
+	if h := r.object("healthCheckConfig"); h != nil {
+		if name, ok := h.text("serviceName"); ok {
+			passed["healthCheckConfig"] = mustJSON(map[string]string{"serviceName": name})
+		}
+		h.end()
 	}
-	var methods []json.RawMessage
+	var methods []map[string]json.RawMessage
+	hands := false
 	l, _ := r.list("methodConfig")
 	for i, n := range l {
 		e := d.reader(fmt.Sprintf("methodConfig[%d]", i), n)
-		if text := p.entry(e, m); text != nil {
-			methods = append(methods, text)
+		if handed := p.entry(e, m); handed != nil {
+			methods = append(methods, handed)
+			hands = hands || len(handed) > 1
 		}
 	}
 	r.end()
-	if methods != nil {
+	if hands {
+		// All of them: an entry that hands nothing down still shadows a broader
+		// one that does.
 		passed["methodConfig"] = mustJSON(methods)
 	}
 	if len(passed) > 0 {
@@ -133,13 +140,17 @@ func (d *document) policy(p *Policy, r *reader) {
 
 // balancing reads which policy chooses backends.
 func (d *document) balancing(p *Policy, r *reader, passed map[string]json.RawMessage) {
-	if v, ok := r.pass("loadBalancingPolicy"); ok {
-		passed["loadBalancingPolicy"] = v
+	old, named := r.text("loadBalancingPolicy")
+	if named {
+		if balancer.Get(old) == nil {
+			r.fault("loadBalancingPolicy", "%q is no registered balancer, want for instance %q", old, loadbalance.P2CName)
+		}
+		passed["loadBalancingPolicy"] = mustJSON(old)
 		p.named = true
 	}
 	l, ok := r.list("loadBalancingConfig")
 	if !ok {
-		p.ownBalancer = !p.named
+		p.ownBalancer = !p.named || strings.HasPrefix(old, "bobtail_")
 		return
 	}
 	p.balancing = string(encode(l))
@@ -202,6 +213,10 @@ func (r *reader) throttling() *retry.ThrottleConfig {
 	if !ok1 || !ok2 {
 		return nil
 	}
+	if _, err := retry.NewThrottle(c); err != nil {
+		r.fault("", "%w", err) // finer than it can count
+		return nil
+	}
 	return &c
 }
 
@@ -218,6 +233,10 @@ func (r *reader) extraLoad() *retry.BudgetConfig {
 	if !ok {
 		return nil
 	}
+	if _, err := retry.NewBudget(c, time.Time{}); err != nil {
+		r.fault("", "%w", err) // finer than it can count
+		return nil
+	}
 	return &c
 }
 
@@ -230,9 +249,9 @@ func (r *reader) need(keys ...string) {
 	}
 }
 
-// entry reads one element of methodConfig and returns what grpc is to have of it,
-// nil if nothing.
-func (p *Policy) entry(r *reader, above mode) json.RawMessage {
+// entry reads one element of methodConfig and returns what grpc is to have of it:
+// its names and the keys handed down, nil if it has no name.
+func (p *Policy) entry(r *reader, above mode) map[string]json.RawMessage {
 	var e entry
 	names, _ := r.list("name")
 	for i, n := range names {
@@ -263,11 +282,11 @@ func (p *Policy) entry(r *reader, above mode) json.RawMessage {
 	}
 	r.end()
 	p.entries = append(p.entries, e)
-	if len(handed) == 0 || len(names) == 0 {
-		return nil
+	if len(names) == 0 {
+		return nil // it applies to nothing, as in gRPC
 	}
 	handed["name"] = encode(names)
-	return mustJSON(handed)
+	return handed
 }
 
 func (p *Policy) name(r *reader) {

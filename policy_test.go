@@ -96,6 +96,15 @@ var broken = []struct{ name, text, want string }{
 			"methodConfig[0].rateLimit: not supported yet\nmethodConfig[0].maxInFlight: not supported yet"},
 	{"what grpc is handed", `{"methodConfig": [{"waitForReady": "yes", "maxRequestMessageBytes": -1}]}`,
 		"methodConfig[0].waitForReady: \"yes\", want true or false\nmethodConfig[0].maxRequestMessageBytes: -1, want an integer in [0, 2^53]"},
+	{"a format in a key", `{"a%d%s": 1}`, `a%d%s: unknown key, want one of loadBalancingPolicy, loadBalancingConfig, retryThrottling, extraLoad, mode, healthCheckConfig, methodConfig`},
+	{"finer than a budget counts", `{"extraLoad": {"max": 0.05, "minPerSecond": 0.0000001}}`,
+		`extraLoad: retry: budget minPerSecond 1e-07, want 0 or at least 0.000001`},
+	{"finer than a throttle counts", `{"retryThrottling": {"maxTokens": 0.0005, "tokenRatio": 0.1}}`,
+		`retryThrottling: retry: throttle maxTokens 0.0005, want at least 0.001`},
+	{"loadBalancingPolicy", `{"loadBalancingPolicy": "rond_robin"}`,
+		`loadBalancingPolicy: "rond_robin" is no registered balancer, want for instance "bobtail_p2c"`},
+	{"healthCheckConfig", `{"healthCheckConfig": {"serviceNam": "kv"}}`,
+		`healthCheckConfig.serviceNam: unknown key, did you mean "serviceName"?`},
 	{"many faults at once", `{"mod": 1, "extraLoad": {"max": 2}, "methodConfig": [{"timeout": "x"}, 7]}`,
 		"extraLoad.max: 2, want [0.000001, 1]\nmethodConfig[0].timeout: \"x\", want a duration in seconds such as \"0.250s\"\n" +
 			"methodConfig[1]: number 7, want an object\nmod: unknown key, did you mean \"mode\"?"},
@@ -162,7 +171,8 @@ func TestParsePolicy(t *testing.T) {
 		balancing:   `[{"no_such_balancer":{}},{"bobtail_p2c":{}}]`,
 		ownBalancer: true,
 		passed: `{"healthCheckConfig":{"serviceName":"kv"},"methodConfig":[{"maxRequestMessageBytes":4096,` +
-			`"name":[{"service":"kv.KV","method":"Get"},{"service":"kv.KV","method":"Scan"}],"waitForReady":true}]}`,
+			`"name":[{"service":"kv.KV","method":"Get"},{"service":"kv.KV","method":"Scan"}],"waitForReady":true},` +
+			`{"name":[{"service":"kv.KV"}]},{"name":[{}]}]}`,
 	}
 	if d := cmp.Diff(want, p, cmp.AllowUnexported(Policy{}, entry{})); d != "" {
 		t.Errorf("(-want +got)\n%s", d)

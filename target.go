@@ -32,9 +32,9 @@ type target struct {
 	mu       sync.Mutex // guards the rest and serialises the writers of table
 	learned  map[string]*hedging.Hedger
 	budget   *retry.Budget
-	budgetOf *retry.BudgetConfig
+	budgetOf retry.BudgetConfig
 	throttle *retry.Throttle
-	throtOf  *retry.ThrottleConfig
+	throtOf  retry.ThrottleConfig
 }
 
 // table is what one policy means for the methods that have been called.
@@ -97,21 +97,27 @@ func (c *Client) learn(t *target, name string) *method {
 	p := c.current.Load()
 	tab := t.table.Load()
 	if tab.policy != p {
-		t.fund(p)
+		if err := t.fund(p); err != nil {
+			t.mu.Unlock()
+			// The document was checked against the same bounds, so this is a bug of
+			// ours: no extra attempts rather than unbounded ones.
+			c.log.Error("bobtail: not hedged", "error", err)
+			return &method{}
+		}
 		tab = &table{policy: p}
+		t.table.Store(tab)
 	}
 	m := tab.methods[name]
 	skipped := false
 	if m == nil {
-		m, skipped = t.compile(c, p, name, len(tab.methods) < maxMethods)
-		grown := maps.Clone(tab.methods)
-		if grown == nil {
-			grown = map[string]*method{}
-		}
-		if len(grown) < maxMethods {
+		room := len(tab.methods) < maxMethods
+		m, skipped = t.compile(c, p, name, room)
+		if room {
+			grown := make(map[string]*method, len(tab.methods)+1)
+			maps.Copy(grown, tab.methods)
 			grown[name] = m
+			t.table.Store(&table{policy: p, methods: grown})
 		}
-		t.table.Store(&table{policy: p, methods: grown})
 	}
 	t.mu.Unlock()
 	if skipped {
@@ -121,30 +127,37 @@ func (c *Client) learn(t *target, name string) *method {
 	return m
 }
 
-// fund makes the budget and the throttle that p wants, and keeps those that it
-// does not change.
-func (t *target) fund(p *Policy) {
-	switch {
-	case p.extraLoad == nil:
-		t.budget = nil
-	case t.budget == nil || *t.budgetOf != *p.extraLoad:
-		// The document was checked against the same bounds.
-		t.budget, _ = retry.NewBudget(*p.extraLoad, time.Now())
+// fund makes the budget and the throttle that p wants. It keeps those that p does
+// not change, and also while p has none: a policy that is switched off and on again
+// goes on where it was.
+func (t *target) fund(p *Policy) error {
+	if p.extraLoad != nil && (t.budget == nil || t.budgetOf != *p.extraLoad) {
+		b, err := retry.NewBudget(*p.extraLoad, time.Now())
+		if err != nil {
+			return err
+		}
+		t.budget, t.budgetOf = b, *p.extraLoad
 	}
-	t.budgetOf = p.extraLoad
-	switch {
-	case p.throttle == nil:
-		t.throttle = nil
-	case t.throttle == nil || *t.throtOf != *p.throttle:
-		t.throttle, _ = retry.NewThrottle(*p.throttle)
+	if p.throttle != nil && (t.throttle == nil || t.throtOf != *p.throttle) {
+		h, err := retry.NewThrottle(*p.throttle)
+		if err != nil {
+			return err
+		}
+		t.throttle, t.throtOf = h, *p.throttle
 	}
-	t.throtOf = p.throttle
+	return nil
 }
 
 // compile returns what p means for a method; skipped is set if it would be hedged
 // but for want of consent.
 func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *method, skipped bool) {
-	m = &method{budget: t.budget, throttle: t.throttle}
+	m = &method{}
+	if p.extraLoad != nil {
+		m.budget = t.budget
+	}
+	if p.throttle != nil {
+		m.throttle = t.throttle
+	}
 	e, named := p.lookup(name)
 	if e == nil {
 		return m, false
@@ -160,11 +173,11 @@ func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *metho
 	cfg.Shadow = e.mode == modeShadow
 	cfg.Report = c.reports
 	// An interface that holds a nil pointer is not nil: leave it unset.
-	if t.budget != nil {
-		cfg.Budget = t.budget
+	if m.budget != nil {
+		cfg.Budget = m.budget
 	}
-	if t.throttle != nil {
-		cfg.Throttle = t.throttle
+	if m.throttle != nil {
+		cfg.Throttle = m.throttle
 	}
 	var err error
 	if h := t.learned[name]; h != nil {

@@ -32,7 +32,9 @@ type Config struct {
 
 	// Percentile makes the delay adaptive: it is the live percentile of the
 	// latency of the method's attempts, in (0, 100). 95 hedges the slowest
-	// twentieth. 0, the default, is off.
+	// twentieth. 0, the default, is off. While a Budget that is a [Leveler] runs
+	// low, the percentile is a later one: 1-(1-P) x max(0.1, b/(1+sqrt(A))) for a
+	// balance b below the reserve 1+sqrt(A), A being the allowance.
 	Percentile float64
 	// MinDelay and MaxDelay bound the adaptive delay. MinDelay is 1 ms by
 	// default ([DefaultMinDelay]); MaxDelay 0, the default, is no bound. A bound
@@ -70,6 +72,17 @@ type Budget interface {
 	// GiveBack returns a token taken at the given time whose attempt was never
 	// sent.
 	GiveBack(withdrawn time.Time)
+}
+
+// Leveler is a [Budget] that can tell how near it is to its bound, as that of package
+// retry does. Hedging then makes the last tokens last: see [Config.Percentile]; and
+// hedges that are due for the first time leave a quarter of sqrt(allowance), rounded
+// down, to those that are asked for again.
+type Leveler interface {
+	Budget
+	// Level returns how many extra attempts could be sent now, and how many the
+	// window that ends now pays for in all.
+	Level(now time.Time) (balance, allowance float64)
 }
 
 // Throttle is A6's retryThrottling, shared by all calls to one server name.

@@ -34,6 +34,9 @@ type core struct {
 	// pushed is set while next was named by the server: then it is worth waiting
 	// for though nothing is running.
 	pushed bool
+	// owed is set when a failure found no attempt left to send, and an unsent one may
+	// yet give its place back.
+	owed   bool
 	frozen bool // no further attempts, whatever happens
 	over   bool
 }
@@ -184,12 +187,15 @@ func (c *core) unsent(now time.Duration, k int16, g gate) step {
 	if c.running > 0 {
 		return step{wake: c.next}
 	}
-	if c.last == 0 {
+	switch {
+	case c.last == 0:
 		return c.finish(k)
+	case c.owed:
+		// The sibling that was in its way has failed in the meantime: its place is
+		// free, and its failure is still owed an attempt.
+		return c.atOnce(now, g)
 	}
-	// The sibling that was in its way has failed in the meantime: its place is
-	// free, and its failure is still owed an attempt.
-	return c.atOnce(now, g)
+	return c.rest() // there is no backend for an attempt that waits for none
 }
 
 // atOnce sends the next attempt without waiting for its time. A6: "If a
@@ -199,6 +205,7 @@ func (c *core) atOnce(now time.Duration, g gate) step {
 	if c.pushed {
 		return c.rest() // the server named the time
 	}
+	c.owed = !c.frozen && c.sent >= c.max
 	if c.more() && c.ask(now, false, g) {
 		c.schedule(now)
 		return step{launch: 1, wake: c.next}

@@ -25,12 +25,13 @@ import (
 // decides the call; that of a loser is dropped.
 func Do[T any](ctx context.Context, h *Hedger, f func(ctx context.Context) (T, error)) (T, error) {
 	now := h.now()
+	h.deposit(now)
 	d := &do[T]{f: f}
 	d.race.h, d.race.ctx, d.race.op = h, ctx, d
 	d.first.own = &own{}
 	d.begin(now)
 	d.run(now)
-	d.report("")
+	d.report()
 	w := d.decided
 	if w == nil {
 		var zero T

@@ -2,7 +2,9 @@ package hedging_test
 
 import (
 	"context"
+	"fmt"
 	"io"
+	"net"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -11,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/hedging"
@@ -229,4 +232,35 @@ func TestDoCancelledByItself(t *testing.T) {
 	if err != context.Canceled || calls != 1 {
 		t.Errorf("%v after %d calls", err, calls)
 	}
+}
+
+// What the caller's options point at is what the winner's held, when a hedge wins.
+func TestOptionsAreCopied(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		addr := func(k int) net.Addr { return &net.TCPAddr{Port: k} }
+		var header, trailer metadata.MD
+		var p peer.Peer
+		err := invoke(t.Context(), hedging.Config{MaxAttempts: 2, Delay: ms}, &kvpb.Request{}, &kvpb.Response{},
+			func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, opts ...grpc.CallOption) error {
+				err := served(time.Hour, ms)(ctx, m, req, reply, cc)
+				k := number(ctx)
+				for _, o := range opts { // as grpc does at the end of an attempt
+					switch o := o.(type) {
+					case grpc.HeaderCallOption:
+						*o.HeaderAddr = metadata.Pairs("k", fmt.Sprint(k))
+					case grpc.TrailerCallOption:
+						*o.TrailerAddr = metadata.Pairs("k", fmt.Sprint(k))
+					case grpc.PeerCallOption:
+						*o.PeerAddr = peer.Peer{Addr: addr(k)}
+					}
+				}
+				return err
+			}, grpc.Header(&header), grpc.Trailer(&trailer), grpc.Peer(&p))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(header.Get("k"), trailer.Get("k"), p.Addr); got != fmt.Sprint([]string{"2"}, []string{"2"}, addr(2)) {
+			t.Errorf("header, trailer, peer of attempts %s, want 2", got)
+		}
+	})
 }

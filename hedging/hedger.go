@@ -130,6 +130,13 @@ func (h *Hedger) share() float64 {
 	return 1
 }
 
+// deposit records a first attempt.
+func (h *Hedger) deposit(now time.Time) {
+	if h.cfg.Budget != nil {
+		h.cfg.Budget.Deposit(now)
+	}
+}
+
 // afford takes the token of an extra attempt, if the budget has one for it. A budget
 // that refuses whoever happens to come refuses the very slowest call as often as one
 // that is just past its time, so while it runs low two things make it last for those
@@ -148,7 +155,7 @@ func (h *Hedger) afford(at time.Time, first bool) bool {
 	if b == nil {
 		return true
 	}
-	if l, ok := b.(leveler); ok {
+	if l, ok := b.(Leveler); ok {
 		balance, allowance := l.Level(at)
 		noise := math.Sqrt(allowance)
 		share := balance / (1 + steerWidth*noise)
@@ -158,11 +165,6 @@ func (h *Hedger) afford(at time.Time, first bool) bool {
 		}
 	}
 	return b.TryWithdraw(at)
-}
-
-// leveler is a Budget that can tell how near to its bound it is.
-type leveler interface {
-	Level(now time.Time) (balance, allowance float64)
 }
 
 // pointless reports whether an attempt sent now would probably be too late:

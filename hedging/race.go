@@ -99,6 +99,8 @@ type own struct {
 	reply    any
 	stream   grpc.ClientStream
 	panicked any
+	// overGRPC is set in the hedges of calls of gRPC.
+	overGRPC bool
 }
 
 // Value answers the picker that asks which attempt this is.
@@ -119,9 +121,6 @@ func (r *race) begin(now time.Time) {
 // run makes the call: it returns when the race is decided and no attempt runs on
 // the caller's goroutine any more.
 func (r *race) run(now time.Time) {
-	if b := r.h.cfg.Budget; b != nil {
-		b.Deposit(now)
-	}
 	r.core = core{max: int16(r.h.attempts), delay: r.h.delay(now), deadline: noTime}
 	if r.single {
 		r.core.max = 1
@@ -192,7 +191,7 @@ func (r *race) attempt(b *branch) *branch {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	superseded := r.core.over
-	if b.err != nil && b.attempt.Unsent() {
+	if b.err != nil && (b.attempt.Unsent() || b.nowhere(code)) {
 		return r.takeBack(b, now)
 	}
 	if superseded && b.err != nil {
@@ -214,6 +213,13 @@ func (r *race) attempt(b *branch) *branch {
 		}
 	}
 	return r.follow(r.core.end(now, b.number(), res, r), now, b.inline)
+}
+
+// nowhere reports whether a hedge over a balancer that is not ours, which cannot mark
+// it unsent, found no backend ready: it failed fast, and nobody was at the other end.
+func (b *branch) nowhere(code codes.Code) bool {
+	return b.own != nil && b.overGRPC && code == codes.Unavailable &&
+		b.stream == nil && b.peer.Addr == nil && b.header == nil
 }
 
 func (b *branch) number() int16 { return int16(b.attempt.Number) }
@@ -392,12 +398,12 @@ func (r *race) permit(now time.Duration, first bool) verdict {
 }
 
 // report tells the configuration's hook what became of the call.
-func (r *race) report(method string) {
+func (r *race) report() {
 	if r.h.cfg.Report == nil {
 		return
 	}
 	r.mu.Lock()
-	rep := Report{Method: method, Attempts: int(r.core.sent), Delay: r.core.delay}
+	rep := Report{Method: r.attempts.Method, Attempts: int(r.core.sent), Delay: r.core.delay}
 	if r.rare != nil {
 		rep.Suppressed = r.rare.suppressed
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -35,15 +36,20 @@ func (h *Hedger) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc
 	if desc.ClientStreams || !desc.ServerStreams {
 		return streamer(ctx, desc, cc, method, opts...)
 	}
-	s := &stream{method: method, desc: desc, cc: cc, streamer: streamer, opts: opts}
+	s := &stream{desc: desc, cc: cc, streamer: streamer, opts: opts}
 	s.race.h, s.race.ctx, s.race.op = h, ctx, s
+	s.attempts.Method = method
 	s.hedgeOpts = forHedge(opts)
 	s.first.own = &own{}
 	s.first.attempt.Streaming = true
-	s.begin(time.Now())
+	now := h.now()
+	h.deposit(now)
+	s.begin(now)
 	// The stream outlives this call, and so do the caller's header, trailer and
 	// peer options: finish sets them from the stream that won.
-	first := s.hedgeOpts[:len(s.hedgeOpts)-1] // with the caller's own WaitForReady
+	// With the caller's own WaitForReady; clipped, like every list of options that an
+	// interceptor below may append to: attempts must not write into each other's.
+	first := slices.Clip(s.hedgeOpts[:len(s.hedgeOpts)-1])
 	cs, err := streamer(&s.first, desc, cc, method, first...)
 	if err != nil {
 		if h.class(status.Code(err)) != nonFatal {
@@ -67,7 +73,6 @@ func (h *Hedger) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc
 // stream is the grpc.ClientStream that the caller holds.
 type stream struct {
 	race
-	method   string
 	desc     *grpc.StreamDesc
 	cc       *grpc.ClientConn
 	streamer grpc.Streamer
@@ -92,7 +97,10 @@ type stream struct {
 // SendMsg sends the one request.
 func (s *stream) SendMsg(m any) error {
 	if p := message(m); p != nil {
-		s.req = proto.Clone(p)
+		clone := proto.Clone(p)
+		s.mu.Lock()
+		s.req = clone
+		s.mu.Unlock()
 	}
 	if s.first.stream == nil {
 		return nil
@@ -101,7 +109,10 @@ func (s *stream) SendMsg(m any) error {
 	if errors.Is(err, io.EOF) {
 		return nil // the stream has failed: receiving from it tells how, and a hedge may mend it
 	}
-	return err
+	if err != nil {
+		return s.done(err) // by grpc's contract the end of the stream
+	}
+	return nil
 }
 
 // CloseSend implements grpc.ClientStream.
@@ -122,46 +133,44 @@ func (s *stream) Context() context.Context {
 
 // RecvMsg receives the next message of the stream that won, racing for the first.
 func (s *stream) RecvMsg(m any) error {
-	s.start.Lock()
-	if !s.raced {
-		w := s.compete(m)
-		defer s.start.Unlock()
-		switch {
-		case w == nil:
-			return s.done(status.FromContextError(s.ctx.Err()).Err())
-		case w.err != nil:
-			s.ended = w.err
-			return s.done(w.err)
-		case !w.inline:
+	raced, ended := s.compete1(m)
+	switch {
+	case ended != nil:
+		return s.done(ended)
+	case raced:
+		if w := s.winner(); !w.inline {
 			move(message(m), w.reply.(proto.Message))
 		}
 		return nil
 	}
-	ended := s.ended
-	s.start.Unlock()
-	if ended != nil {
-		return ended
-	}
-	w := s.winner()
-	if w == nil {
-		return status.FromContextError(s.ctx.Err()).Err()
-	}
-	if err := w.stream.RecvMsg(m); err != nil {
+	if err := s.winner().stream.RecvMsg(m); err != nil {
 		return s.done(err)
 	}
 	return nil
 }
 
+// compete1 runs the race, to the first message or to the headers if into is nil, unless
+// it has been run. It reports whether it did, and how the call has ended, if it met
+// the end.
+func (s *stream) compete1(into any) (raced bool, ended error) {
+	s.start.Lock()
+	defer s.start.Unlock()
+	if s.raced {
+		return false, s.ended
+	}
+	switch w := s.compete(into); {
+	case w == nil:
+		s.ended = status.FromContextError(s.ctx.Err()).Err()
+	case w.err != nil:
+		s.ended = w.err
+	}
+	return true, s.ended
+}
+
 // Header returns the header of the stream that won, racing for it if RecvMsg has
 // not yet been called.
 func (s *stream) Header() (metadata.MD, error) {
-	s.start.Lock()
-	if !s.raced {
-		if w := s.compete(nil); w != nil && w.err != nil {
-			s.ended = w.err // for RecvMsg to tell, as grpc has it
-		}
-	}
-	s.start.Unlock()
+	s.compete1(nil) // how it ended is for RecvMsg to tell, as grpc has it
 	w := s.winner()
 	if w == nil || w.stream == nil {
 		return nil, nil
@@ -195,9 +204,11 @@ func (s *stream) compete(into any) *branch {
 	if out != nil {
 		s.kind = kindOf(out)
 	}
+	s.mu.Lock()
 	s.single = s.req == nil || into != nil && out == nil
+	s.mu.Unlock()
 	s.run(now)
-	s.report(s.method)
+	s.report()
 	w := s.winner()
 	if w != nil && w.panicked != nil {
 		w.cancel()
@@ -222,7 +233,8 @@ func (s *stream) try(b *branch) error {
 		}
 		b.reply = s.into
 	} else {
-		cs, err := s.streamer(b, s.desc, s.cc, s.method, s.hedgeOpts...)
+		b.overGRPC = true
+		cs, err := s.streamer(b, s.desc, s.cc, s.attempts.Method, slices.Clip(s.hedgeOpts)...)
 		if err != nil {
 			return err
 		}
@@ -265,6 +277,9 @@ func (s *stream) done(err error) error {
 		w.cancel()
 	}
 	s.first.cancel()
+	if s.unwatch != nil {
+		s.unwatch()
+	}
 	if err == io.EOF {
 		s.onFinish(nil)
 	} else {
@@ -276,9 +291,6 @@ func (s *stream) done(err error) error {
 // onFinish runs the caller's OnFinish options, once.
 func (s *stream) onFinish(err error) {
 	s.finished.Do(func() {
-		if s.unwatch != nil {
-			s.unwatch()
-		}
 		for _, o := range s.opts {
 			if f, ok := o.(grpc.OnFinishCallOption); ok {
 				f.OnFinish(err)

@@ -466,6 +466,7 @@ func TestUnsent(t *testing.T) {
 		err := invoke(t.Context(), cfg, &kvpb.Request{}, res,
 			func(ctx context.Context, _ string, _, reply any, _ *grpc.ClientConn, _ ...grpc.CallOption) error {
 				if number(ctx) > 1 {
+					time.Sleep(ms) // a pick may have to wait
 					attempt.FromContext(ctx).MarkUnsent()
 					return status.Error(codes.Unavailable, "nowhere to go")
 				}

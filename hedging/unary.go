@@ -28,13 +28,15 @@ import (
 // attempt as they are: one that writes through a pointer would race.
 func (h *Hedger) InvokeUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	now := h.now()
+	h.deposit(now)
 	out := message(reply)
 	if out == nil || !isMessage(req) {
 		return invoker(ctx, method, req, reply, cc, opts...)
 	}
-	now := h.now()
-	u := &unary{method: method, req: req, reply: reply, kind: kindOf(out), cc: cc, invoker: invoker, opts: opts}
+	u := &unary{req: req, reply: reply, kind: kindOf(out), cc: cc, invoker: invoker, opts: opts}
 	u.race.h, u.race.ctx, u.race.op = h, ctx, u
+	u.attempts.Method = method
 	u.begin(now)
 	u.run(now)
 	return u.finish()
@@ -43,7 +45,6 @@ func (h *Hedger) InvokeUnary(ctx context.Context, method string, req, reply any,
 // unary is the operation of a unary call.
 type unary struct {
 	race
-	method     string
 	req, reply any
 	kind       protoreflect.MessageType // of reply
 	cc         *grpc.ClientConn
@@ -90,17 +91,18 @@ func (u *unary) prepare(b *branch) {
 
 func (u *unary) try(b *branch) error {
 	if b == &u.first {
-		return u.invoker(b, u.method, u.req, u.reply, u.cc, u.forFirst()...)
+		return u.invoker(b, u.attempts.Method, u.req, u.reply, u.cc, u.forFirst()...)
 	}
+	b.overGRPC = true
 	opts := forHedge(u.opts, grpc.Header(&b.header), grpc.Trailer(&b.trailer), grpc.Peer(&b.peer))
-	return u.invoker(b, u.method, b.req, b.reply, u.cc, opts...)
+	return u.invoker(b, u.attempts.Method, b.req, b.reply, u.cc, opts...)
 }
 
 func (u *unary) code(err error) codes.Code { return status.Code(err) }
 
 // finish hands the result to the caller.
 func (u *unary) finish() error {
-	u.report(u.method)
+	u.report()
 	w := u.decided
 	if w == nil {
 		return u.done(status.FromContextError(u.ctx.Err()).Err())

@@ -162,8 +162,23 @@ func (b *shards) UpdateState(state balancer.State) {
 	// the endpoints' states demand.
 	if len(p.ready) > 0 {
 		state = balancer.State{ConnectivityState: connectivity.Ready, Picker: p}
+	} else {
+		state.Picker = unready{state.Picker}
 	}
 	b.ClientConn.UpdateState(state)
+}
+
+// unready is the picker while no endpoint is ready. The call's own attempt waits or
+// fails by it, as the caller has asked; a hedge has nowhere to go and is not sent, or
+// it would fail a call that is willing to wait.
+type unready struct{ balancer.Picker }
+
+func (u unready) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
+	if a := attempt.FromContext(info.Ctx); a != nil && a.Kind == attempt.Hedge && a.Of(info.FullMethodName) {
+		a.MarkUnsent()
+		return balancer.PickResult{}, errNotSent
+	}
+	return u.Picker.Pick(info)
 }
 
 // The rest of balancer.Balancer, but for UpdateClientConnState.
@@ -206,6 +221,9 @@ type picker struct {
 // that it returns.
 func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	a := attempt.FromContext(info.Ctx)
+	if a != nil && !a.Of(info.FullMethodName) {
+		a = nil // a call made within an attempt of another
+	}
 	now := p.b.now()
 	var i int
 	var streaming bool

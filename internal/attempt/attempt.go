@@ -46,6 +46,9 @@ func (k Kind) String() string {
 // Call is what the attempts of one call share. The zero value is ready; it must
 // not be copied once an attempt refers to it.
 type Call struct {
+	// Method is the call's full method name, so that the picker of another call,
+	// made under this one's context, is not misled; empty for any.
+	Method string
 	// head is the newest claim. It is an atomic because pickers of sibling
 	// attempts append to the log concurrently and must not wait for each other.
 	head atomic.Pointer[claim]
@@ -92,6 +95,13 @@ type Attempt struct {
 // Init makes a ready to be attempt number of call c.
 func (a *Attempt) Init(c *Call, number int, kind Kind) {
 	a.call, a.Number, a.Kind = c, number, kind
+}
+
+// Of reports whether the attempt is one of a call of this method. A call that an
+// interceptor or credentials make under the context of an attempt carries that
+// attempt too, and is not it.
+func (a *Attempt) Of(method string) bool {
+	return a.call == nil || a.call.Method == "" || a.call.Method == method
 }
 
 // End records that the attempt is over: nothing of it is in flight any more.
