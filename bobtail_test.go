@@ -471,3 +471,77 @@ func ExampleParsePolicy() {
 	// bobtail: policy: methodConfig[0].hedgingPolicy.maxAttempt: unknown key, did you mean "maxAttempts"?
 	// for a later version: false
 }
+
+// While no backend is ready a call that is willing to wait waits, hedged or not.
+func TestNothingReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var got hedging.Report
+		f := grpctest.NewFleet(t, 2, grpctest.Handlers{})
+		c, _ := client(t, f, policy(t, `{"extraLoad": {"max": 1}, "methodConfig": [{"name": [{"service": "kv.KV", "method": "Get"}],
+			"hedgingPolicy": {"maxAttempts": 2, "hedgingDelay": "0.010s"}}]}`),
+			bobtail.WithHedgeReports(func(_ context.Context, r hedging.Report) { got = r }))
+		f.Stop(0)
+		f.Stop(1)
+		time.AfterFunc(time.Second, func() { f.Start(0); f.Start(1) })
+		if _, err := c.Get(t.Context(), &kvpb.Request{}, grpc.WaitForReady(true)); err != nil {
+			t.Errorf("%v, want an answer when the backends are back", err)
+		}
+		if got.Attempts != 1 || got.Suppressed != hedging.NoBackend {
+			t.Errorf("report %+v, want one attempt, no other backend", got)
+		}
+	})
+}
+
+// Switching a policy off and on again does not refill its budget.
+func TestKillSwitchKeepsTheBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const doc = `{"mode": %q, "extraLoad": {"max": 0.1}, "methodConfig": [{"name": [{"service": "kv.KV", "method": "Get"}], "timeout": "0.1s",
+			"hedgingPolicy": {"maxAttempts": 2, "hedgingDelay": "0.010s"}}]}`
+		c, cl := client(t, stalling(t, 3), policy(t, fmt.Sprintf(doc, "on")))
+		if err := calls["Get"](t.Context(), c); err != nil {
+			t.Fatalf("the first call is hedged: %v", err)
+		}
+		for _, p := range []string{`{}`, fmt.Sprintf(doc, "off"), fmt.Sprintf(doc, "on")} {
+			if err := cl.Update(policy(t, p)); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 50*ms)
+			if err := calls["Get"](ctx, c); err == nil {
+				t.Errorf("after %s: a hedge, though its token is spent", p)
+			}
+			cancel()
+		}
+	})
+}
+
+// A call that is made within an attempt of another is not taken for it.
+func TestCallWithinAnAttempt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := grpctest.NewFleet(t, 1, grpctest.Handlers{})
+		cl, err := bobtail.NewClient(policy(t, `{"methodConfig": [{"name": [{"service": "kv.KV", "method": "Get"}],
+			"hedgingPolicy": {"maxAttempts": 2, "hedgingDelay": "0.010s"}}]}`), bobtail.WithLogger(nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var kv kvpb.KVClient
+		token := func(ctx context.Context, m string, req, reply any, cc *grpc.ClientConn, inv grpc.UnaryInvoker, o ...grpc.CallOption) error {
+			if strings.HasSuffix(m, "/Get") { // each attempt asks for a token first
+				if _, err := kv.Put(ctx, &kvpb.Request{}); err != nil {
+					return err
+				}
+				time.Sleep(20 * ms)
+			}
+			return inv(ctx, m, req, reply, cc, o...)
+		}
+		kv = kvpb.NewKVClient(f.Dial(append(cl.DialOptions(), grpc.WithChainUnaryInterceptor(token))...))
+		if _, err := kv.Get(t.Context(), &kvpb.Request{}); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(time.Second)
+		// The token of the hedge was fetched from the one backend, although an
+		// attempt of Get may be in flight there.
+		if n := f.Backends[0].Started.Load(); n < 3 {
+			t.Errorf("%d handlers, want two tokens and a Get", n)
+		}
+	})
+}

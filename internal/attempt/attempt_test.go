@@ -166,3 +166,15 @@ func TestKindString(t *testing.T) {
 		t.Error(s)
 	}
 }
+
+func TestOf(t *testing.T) {
+	var a attempt.Attempt
+	if !a.Of("/any/method") {
+		t.Error("an attempt of no call is of no method")
+	}
+	c := attempt.Call{Method: "/kv.KV/Get"}
+	a.Init(&c, 1, attempt.First)
+	if !a.Of("/kv.KV/Get") || a.Of("/auth.Auth/Token") {
+		t.Error("an attempt belongs to the calls of its method")
+	}
+}
