@@ -482,6 +482,7 @@ func TestNothingReady(t *testing.T) {
 			bobtail.WithHedgeReports(func(_ context.Context, r hedging.Report) { got = r }))
 		f.Stop(0)
 		f.Stop(1)
+		synctest.Wait() // the client has seen its connections end
 		time.AfterFunc(time.Second, func() { f.Start(0); f.Start(1) })
 		if _, err := c.Get(t.Context(), &kvpb.Request{}, grpc.WaitForReady(true)); err != nil {
 			t.Errorf("%v, want an answer when the backends are back", err)

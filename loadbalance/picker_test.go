@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/balancer/base"
 	_ "google.golang.org/grpc/balancer/leastrequest"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
@@ -458,5 +459,32 @@ func BenchmarkHedge(b *testing.B) {
 				done[1](got)
 			}
 		})
+	}
+}
+
+// While nothing is ready the call's own attempt is left to the child's picker, which
+// waits or fails; a hedge is not sent, or it would wait for the same connection.
+func TestUnreadyPicker(t *testing.T) {
+	u := unready{base.NewErrPicker(balancer.ErrNoSubConnAvailable)}
+	c := attempt.Call{Method: "/kv.KV/Get"}
+	for _, tc := range []struct {
+		kind   attempt.Kind
+		method string
+		want   error
+	}{
+		{attempt.First, "/kv.KV/Get", balancer.ErrNoSubConnAvailable},
+		{attempt.Retry, "/kv.KV/Get", balancer.ErrNoSubConnAvailable},
+		{attempt.Hedge, "/kv.KV/Get", errNotSent},
+		{attempt.Hedge, "/auth.Auth/Token", balancer.ErrNoSubConnAvailable},
+	} {
+		var a attempt.Attempt
+		a.Init(&c, 2, tc.kind)
+		_, err := u.Pick(balancer.PickInfo{FullMethodName: tc.method, Ctx: attempt.NewContext(t.Context(), &a)})
+		if err != tc.want || a.Unsent() != (tc.want == errNotSent) {
+			t.Errorf("%v of %s: %v, unsent %v, want %v", tc.kind, tc.method, err, a.Unsent(), tc.want)
+		}
+	}
+	if _, err := u.Pick(balancer.PickInfo{Ctx: t.Context()}); err != balancer.ErrNoSubConnAvailable {
+		t.Errorf("without an attempt: %v", err)
 	}
 }
