@@ -157,41 +157,43 @@ func TestHedgesMayAppendOptions(t *testing.T) {
 
 // A hedge that finds no backend ready does not fail a call that is willing to wait.
 func TestWaitForReadyIsKept(t *testing.T) {
-	for _, hedge := range []bool{false, true} {
-		cfg := hedging.Config{MaxAttempts: 2, Delay: 20 * ms}
-		opts := []grpc.DialOption{roundRobin, grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return nil, errors.New("down") })}
-		if hedge {
-			opts = append(opts, grpc.WithChainUnaryInterceptor(hedging.UnaryClientInterceptor(cfg)))
+	synctest.Test(t, func(t *testing.T) {
+		for _, hedge := range []bool{false, true} {
+			cfg := hedging.Config{MaxAttempts: 2, Delay: 20 * ms}
+			opts := []grpc.DialOption{roundRobin, grpc.WithTransportCredentials(insecure.NewCredentials()),
+				grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return nil, errors.New("down") })}
+			if hedge {
+				opts = append(opts, grpc.WithChainUnaryInterceptor(hedging.UnaryClientInterceptor(cfg)))
+			}
+			cc, err := grpc.NewClient("passthrough:///x", opts...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cc.Connect()
+			ctx, cancel := context.WithTimeout(context.Background(), 300*ms)
+			_, err = kvpb.NewKVClient(cc).Get(ctx, &kvpb.Request{}, grpc.WaitForReady(true))
+			cancel()
+			cc.Close()
+			if status.Code(err) != codes.DeadlineExceeded {
+				t.Errorf("hedged=%v: a wait-for-ready call failed with %v", hedge, status.Code(err))
+			}
 		}
-		cc, err := grpc.NewClient("passthrough:///x", opts...)
-		if err != nil {
-			t.Fatal(err)
-		}
-		cc.Connect()
-		ctx, cancel := context.WithTimeout(context.Background(), 300*ms)
-		_, err = kvpb.NewKVClient(cc).Get(ctx, &kvpb.Request{}, grpc.WaitForReady(true))
-		cancel()
-		cc.Close()
-		if status.Code(err) != codes.DeadlineExceeded {
-			t.Errorf("hedged=%v: a wait-for-ready call failed with %v", hedge, status.Code(err))
-		}
-	}
+	})
 }
 
 // grpc allows one goroutine to send while another receives.
 func TestSendBesideReceive(t *testing.T) {
-	s, err := hedging.StreamClientInterceptor(hedging.Config{MaxAttempts: 2, Delay: ms})(context.Background(), scan, nil, "/kv.KV/Scan",
-		func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
-			return &slow{until: time.Now().Add(3 * ms)}, nil
-		})
-	if err != nil {
-		t.Fatal(err)
-	}
-	d := make(chan struct{})
-	go func() { s.RecvMsg(&kvpb.Response{}); close(d) }()
-	s.SendMsg(&kvpb.Request{})
-	<-d
+	synctest.Test(t, func(t *testing.T) {
+		s, err := openStream(t, hedging.Config{MaxAttempts: 2, Delay: time.Hour},
+			func() (grpc.ClientStream, error) { return &slow{until: time.Now().Add(3 * ms)}, nil })
+		if err != nil {
+			t.Fatal(err)
+		}
+		go s.SendMsg(&kvpb.Request{})
+		if err := s.RecvMsg(&kvpb.Response{}); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 type boom struct{ fake }
