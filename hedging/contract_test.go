@@ -213,4 +213,7 @@ func TestPanicLeavesNoLock(t *testing.T) {
 		s.RecvMsg(&kvpb.Response{})
 	}()
 	s.Header() // or the test hangs
+	if err := s.RecvMsg(&kvpb.Response{}); status.Code(err) != codes.Internal {
+		t.Errorf("RecvMsg after the panic: %v, want INTERNAL", err)
+	}
 }

@@ -41,9 +41,9 @@ type race struct {
 	decided *branch // whose result is the call's; nil if the context ended it
 	rare    *rare   // nil until needed
 
-	// done is core.over for the caller's goroutine, which looks at it twice in
+	// settled is core.over for the caller's goroutine, which looks at it twice in
 	// every call: an atomic because it does so without the lock.
-	done atomic.Bool
+	settled atomic.Bool
 
 	attempts attempt.Call
 	first    branch
@@ -148,7 +148,7 @@ func (r *race) run(now time.Time) {
 
 // close decides the race in favour of nobody, unless it is decided.
 func (r *race) close() {
-	if r.done.Load() {
+	if r.settled.Load() {
 		return
 	}
 	r.mu.Lock()
@@ -315,7 +315,7 @@ func (r *race) arm(s step, now time.Duration) {
 // settle cancels the losers and wakes the caller. The winner's context is left to
 // the operation: a stream goes on under it.
 func (r *race) settle() {
-	r.done.Store(true)
+	r.settled.Store(true)
 	if r.timer != nil {
 		r.timer.Stop()
 	}
@@ -338,7 +338,7 @@ func (r *race) settle() {
 
 // wait blocks the caller, who has nothing to run, until the race is decided.
 func (r *race) wait() {
-	if r.done.Load() {
+	if r.settled.Load() {
 		return
 	}
 	r.mu.Lock()

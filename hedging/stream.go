@@ -46,8 +46,8 @@ func (h *Hedger) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc
 	h.deposit(now)
 	s.begin(now)
 	// The stream outlives this call, and so do the caller's header, trailer and
-	// peer options: finish sets them from the stream that won.
-	// With the caller's own WaitForReady; clipped, like every list of options that an
+	// peer options: done sets them from the stream that won. This attempt goes
+	// with the caller's own WaitForReady; clipped, like every list of options that an
 	// interceptor below may append to: attempts must not write into each other's.
 	first := slices.Clip(s.hedgeOpts[:len(s.hedgeOpts)-1])
 	cs, err := streamer(&s.first, desc, cc, method, first...)
@@ -133,7 +133,7 @@ func (s *stream) Context() context.Context {
 
 // RecvMsg receives the next message of the stream that won, racing for the first.
 func (s *stream) RecvMsg(m any) error {
-	raced, ended := s.compete1(m)
+	raced, ended := s.raceOnce(m)
 	switch {
 	case ended != nil:
 		return s.done(ended)
@@ -149,19 +149,21 @@ func (s *stream) RecvMsg(m any) error {
 	return nil
 }
 
-// compete1 runs the race, to the first message or to the headers if into is nil, unless
+// raceOnce runs the race, to the first message or to the headers if into is nil, unless
 // it has been run. It reports whether it did, and how the call has ended, if it met
 // the end.
-func (s *stream) compete1(into any) (raced bool, ended error) {
+func (s *stream) raceOnce(into any) (raced bool, ended error) {
 	s.start.Lock()
 	defer s.start.Unlock()
 	if s.raced {
 		return false, s.ended
 	}
+	// What remains for a caller that recovers a panic of the race and asks again.
+	s.ended = status.Error(codes.Internal, "hedging: an attempt panicked")
 	switch w := s.compete(into); {
 	case w == nil:
 		s.ended = status.FromContextError(s.ctx.Err()).Err()
-	case w.err != nil:
+	default:
 		s.ended = w.err
 	}
 	return true, s.ended
@@ -170,7 +172,7 @@ func (s *stream) compete1(into any) (raced bool, ended error) {
 // Header returns the header of the stream that won, racing for it if RecvMsg has
 // not yet been called.
 func (s *stream) Header() (metadata.MD, error) {
-	s.compete1(nil) // how it ended is for RecvMsg to tell, as grpc has it
+	s.raceOnce(nil) // how it ended is for RecvMsg to tell, as grpc has it
 	w := s.winner()
 	if w == nil || w.stream == nil {
 		return nil, nil

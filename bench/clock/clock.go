@@ -4,7 +4,8 @@
 // whole milliseconds: on two idle cores time.Sleep wakes 0.7 ms late in the
 // median and 1.1 ms at p99. A backend that is to take 2 ms would take 2.7, and
 // a generator would miss its schedule by as much. Here the waits share one
-// timerfd, whose expiry wakes the poller as a packet would: 0.1 ms late.
+// timerfd, whose expiry wakes the poller as a packet would: in one run beside
+// compilers 0.39 ms late on average, where time.Sleep was 0.85.
 //
 // Elsewhere than on Linux the runtime's own timers serve.
 package clock
