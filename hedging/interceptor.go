@@ -2,17 +2,15 @@ package hedging
 
 import (
 	"context"
-	"sync"
-	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-)
 
-// maxMethods bounds how many methods an interceptor keeps latencies for; those
-// beyond share one. A hedger takes about 64 KiB.
-const maxMethods = 1000
+	"github.com/bobtail-rpc/bobtail/internal/latency"
+	"github.com/bobtail-rpc/bobtail/internal/permethod"
+)
 
 // UnaryClientInterceptor returns an interceptor that hedges every unary call made
 // through it by cfg: install it where all methods are safe to execute more than
@@ -26,7 +24,7 @@ func UnaryClientInterceptor(cfg Config) grpc.UnaryClientInterceptor {
 		if m.err != nil {
 			return m.err
 		}
-		return m.hedger(cc, method).InvokeUnary(ctx, method, req, reply, cc, invoker, opts...)
+		return m.Of(cc, method).InvokeUnary(ctx, method, req, reply, cc, invoker, opts...)
 	}
 }
 
@@ -43,58 +41,24 @@ func StreamClientInterceptor(cfg Config) grpc.StreamClientInterceptor {
 		if m.err != nil {
 			return nil, m.err
 		}
-		return m.hedger(cc, method).OpenStream(ctx, desc, cc, method, streamer, opts...)
+		return m.Of(cc, method).OpenStream(ctx, desc, cc, method, streamer, opts...)
 	}
 }
 
-// methods has a Hedger for each method of each target.
+// methods has a Hedger for each method of each target. A hedger takes about 64 KiB.
 type methods struct {
-	any *Hedger // the configuration, and the hedger of all methods beyond the bound
+	*permethod.Map[*Hedger]
 	err error
-	// known is copied on write, so that the read on every call is one atomic load.
-	known atomic.Pointer[map[methodKey]*Hedger]
-	mu    sync.Mutex // serialises the writers of known
 }
-
-type methodKey struct{ target, method string }
 
 func newMethods(cfg Config) *methods {
 	m := &methods{}
-	h, err := New(cfg)
-	if err != nil {
+	if err := cfg.Validate(); err != nil {
 		m.err = status.Error(codes.Internal, err.Error())
 	}
-	m.any = h
-	m.known.Store(&map[methodKey]*Hedger{})
+	m.Map = permethod.New(func(string) *Hedger {
+		now := time.Now()
+		return build(cfg, latency.New(Window, now), now)
+	})
 	return m
-}
-
-func (m *methods) hedger(cc *grpc.ClientConn, method string) *Hedger {
-	key := methodKey{method: method}
-	if cc != nil {
-		key.target = cc.Target()
-	}
-	if h := (*m.known.Load())[key]; h != nil {
-		return h
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	old := *m.known.Load()
-	if h := old[key]; h != nil {
-		return h
-	}
-	if len(old) >= maxMethods {
-		return m.any
-	}
-	h, err := New(m.any.cfg)
-	if err != nil {
-		return m.any // cannot be: the same configuration was accepted before
-	}
-	grown := make(map[methodKey]*Hedger, len(old)+1)
-	for k, v := range old {
-		grown[k] = v
-	}
-	grown[key] = h
-	m.known.Store(&grown)
-	return h
 }

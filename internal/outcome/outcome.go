@@ -38,10 +38,13 @@ func (o Outcome) String() string {
 }
 
 // Of classifies the error of an attempt; nil is success. An error that carries
-// no gRPC status is UNKNOWN, a failure.
+// no gRPC status is UNKNOWN, a failure; a [Refusal] is ignored.
 func Of(err error) Outcome {
 	if err == nil {
 		return Success
+	}
+	if IsRefusal(err) {
+		return Ignored
 	}
 	return OfCode(status.Code(err))
 }
