@@ -23,7 +23,7 @@ import (
 // A nil request is an empty one, as without hedging.
 func TestNilRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(part{after: 50 * ms})
+		s := newStage(part{After: 50 * ms})
 		c, _ := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms})
 		_, err := c.Get(t.Context(), nil)
 		if err != nil {
@@ -36,7 +36,7 @@ func TestNilRequest(t *testing.T) {
 func TestHeaderThenEnd(t *testing.T) {
 	for _, first := range []string{"header", "none"} {
 		synctest.Test(t, func(t *testing.T) {
-			s := newStage(part{after: 3 * ms, code: codes.NotFound, push: "7"})
+			s := newStage(part{After: 3 * ms, Code: codes.NotFound, Push: "7"})
 			var ctxs []context.Context
 			note := func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, st grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
 				ctxs = append(ctxs, ctx)
@@ -66,7 +66,7 @@ func TestHeaderThenEnd(t *testing.T) {
 // A send that fails is the end of the stream: nobody will receive from it.
 func TestSendFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(part{after: 3 * ms})
+		s := newStage(part{After: 3 * ms})
 		var ctxs []context.Context
 		note := func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, st grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
 			ctxs = append(ctxs, ctx)
@@ -104,7 +104,7 @@ func TestContextEndsWhileOpening(t *testing.T) {
 // Trap: an interceptor below appends to an attempt's options, in place.
 func TestHedgeHasItsOwnOptions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(part{after: time.Second}, part{after: 5 * ms})
+		s := newStage(part{After: time.Second}, part{After: 5 * ms})
 		var seen []string
 		add := func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, st grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
 			var names []string

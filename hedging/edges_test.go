@@ -159,9 +159,9 @@ func TestEmptyStreamIsNoFailure(t *testing.T) {
 func TestStreamContextsAreReleased(t *testing.T) {
 	for _, winner := range []int{1, 2} {
 		synctest.Test(t, func(t *testing.T) {
-			first := part{after: 15 * ms}
+			first := part{After: 15 * ms}
 			if winner == 2 {
-				first.after = time.Hour
+				first.After = time.Hour
 			}
 			var mu sync.Mutex
 			var contexts []context.Context
@@ -171,7 +171,7 @@ func TestStreamContextsAreReleased(t *testing.T) {
 				mu.Unlock()
 				return st(ctx, d, cc, m, o...)
 			}
-			s := newStage(first, part{after: 8 * ms})
+			s := newStage(first, part{After: 8 * ms})
 			c, _ := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms}, grpc.WithChainStreamInterceptor(note))
 			res, err := drain(t.Context(), c)
 			if err != nil || res.Id != uint64(winner) {

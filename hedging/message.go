@@ -6,23 +6,6 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// message returns v as a proto message that can be cloned and made anew, or nil.
-func message(v any) proto.Message {
-	var m proto.Message
-	switch v := v.(type) {
-	case proto.Message:
-		m = v
-	case protoadapt.MessageV1:
-		m = protoadapt.MessageV2Of(v)
-	default:
-		return nil
-	}
-	if !m.ProtoReflect().IsValid() {
-		return nil // a nil pointer: whoever is called will say so
-	}
-	return m
-}
-
 // isMessage reports whether v can be cloned.
 func isMessage(v any) bool {
 	switch v.(type) {

@@ -131,7 +131,7 @@ func TestFailuresAreNoLatency(t *testing.T) {
 func TestBudgetIsChargedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &ledger{tokens: 5}
-		s := newStage(part{after: time.Hour}, part{after: 5 * ms})
+		s := newStage(part{After: time.Hour}, part{After: 5 * ms})
 		c, _ := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms, Budget: b})
 		if res, err := c.Get(t.Context(), &kvpb.Request{}); err != nil || res.Id != 2 {
 			t.Fatalf("%v, %v", res, err)
@@ -148,7 +148,7 @@ func TestBudgetIsChargedOnce(t *testing.T) {
 func TestBudgetRefuses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &ledger{}
-		s := newStage(part{after: time.Hour}, part{after: 5 * ms})
+		s := newStage(part{After: time.Hour}, part{After: 5 * ms})
 		c, _ := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms, Budget: b})
 		time.AfterFunc(25*ms, func() {
 			b.mu.Lock()
@@ -158,7 +158,7 @@ func TestBudgetRefuses(t *testing.T) {
 		if res, err := c.Get(t.Context(), &kvpb.Request{}); err != nil || res.Id != 2 {
 			t.Fatalf("%v, %v", res, err)
 		}
-		if d := time.Since(s.begin); d != 45*ms {
+		if d := time.Since(s.Begin); d != 45*ms {
 			t.Errorf("took %v, want a hedge at 40ms that takes 5ms", d)
 		}
 		if b.refused != 2 {
@@ -263,10 +263,10 @@ func TestThrottleCounts(t *testing.T) {
 		success, failures int64
 	}{
 		{"an answer", []part{{}}, 1, 0},
-		{"a fatal code is no failure of the server's", []part{{code: codes.InvalidArgument}}, 0, 0},
-		{"a non-fatal code, then an answer", []part{{code: codes.Unavailable}, {}}, 1, 1},
-		{"a fatal code with a pushback not to retry", []part{{code: codes.InvalidArgument, push: "-1"}}, 0, 1},
-		{"a loser counts as nothing", []part{{after: time.Hour}, {}}, 1, 0},
+		{"a fatal code is no failure of the server's", []part{{Code: codes.InvalidArgument}}, 0, 0},
+		{"a non-fatal code, then an answer", []part{{Code: codes.Unavailable}, {}}, 1, 1},
+		{"a fatal code with a pushback not to retry", []part{{Code: codes.InvalidArgument, Push: "-1"}}, 0, 1},
+		{"a loser counts as nothing", []part{{After: time.Hour}, {}}, 1, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -11,11 +11,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/bobtail-rpc/bobtail/internal/rpc"
 )
 
 // OpenStream makes one server-streaming call, hedged until its first message. It
@@ -60,12 +61,9 @@ func (h *Hedger) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc
 		s.first.err = err // one more of the failures that a sibling may make good
 	}
 	s.first.stream = cs
-	for _, o := range opts {
-		if _, ok := o.(grpc.OnFinishCallOption); ok {
-			// The caller may end the call by its context and never receive.
-			s.unwatch = context.AfterFunc(ctx, func() { s.onFinish(status.FromContextError(ctx.Err()).Err()) })
-			break
-		}
+	if rpc.HasOnFinish(opts) {
+		// The caller may end the call by its context and never receive.
+		s.unwatch = context.AfterFunc(ctx, func() { s.onFinish(status.FromContextError(ctx.Err()).Err()) })
 	}
 	return s, nil
 }
@@ -96,7 +94,7 @@ type stream struct {
 
 // SendMsg sends the one request.
 func (s *stream) SendMsg(m any) error {
-	if p := message(m); p != nil {
+	if p := rpc.Message(m); p != nil {
 		clone := proto.Clone(p)
 		s.mu.Lock()
 		s.req = clone
@@ -139,7 +137,7 @@ func (s *stream) RecvMsg(m any) error {
 		return s.done(ended)
 	case raced:
 		if w := s.winner(); !w.inline {
-			move(message(m), w.reply.(proto.Message))
+			move(rpc.Message(m), w.reply.(proto.Message))
 		}
 		return nil
 	}
@@ -202,7 +200,7 @@ func (s *stream) compete(into any) *branch {
 	now := time.Now()
 	// An answer that came while nobody was receiving was quicker than it seems.
 	s.first.unmeasured = now.Sub(s.begun) > time.Millisecond
-	out := message(into)
+	out := rpc.Message(into)
 	if out != nil {
 		s.kind = kindOf(out)
 	}
@@ -274,7 +272,7 @@ func (s *stream) code(err error) codes.Code {
 func (s *stream) done(err error) error {
 	if w := s.winner(); w != nil {
 		if w.stream != nil {
-			s.give(w.stream)
+			rpc.GiveStream(s.opts, w.stream)
 		}
 		w.cancel()
 	}
@@ -292,28 +290,5 @@ func (s *stream) done(err error) error {
 
 // onFinish runs the caller's OnFinish options, once.
 func (s *stream) onFinish(err error) {
-	s.finished.Do(func() {
-		for _, o := range s.opts {
-			if f, ok := o.(grpc.OnFinishCallOption); ok {
-				f.OnFinish(err)
-			}
-		}
-	})
-}
-
-func (s *stream) give(cs grpc.ClientStream) {
-	for _, o := range s.opts {
-		switch o := o.(type) {
-		case grpc.HeaderCallOption:
-			if md, err := cs.Header(); err == nil {
-				*o.HeaderAddr = md
-			}
-		case grpc.TrailerCallOption:
-			*o.TrailerAddr = cs.Trailer()
-		case grpc.PeerCallOption:
-			if p, ok := peer.FromContext(cs.Context()); ok {
-				*o.PeerAddr = *p
-			}
-		}
-	}
+	s.finished.Do(func() { rpc.Finish(s.opts, err) })
 }

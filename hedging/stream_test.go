@@ -23,14 +23,14 @@ import (
 // nobody knows yet that there is no answer.
 func TestStreamIsSentAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(part{after: 30 * ms}, part{after: 5 * ms})
+		s := newStage(part{After: 30 * ms}, part{After: 5 * ms})
 		c, _ := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms})
 		ss, err := c.Scan(t.Context(), &kvpb.Request{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(100 * ms) // the caller has other things to do
-		if got := s.arrivals(); len(got) != 1 || got[0] != 0 {
+		if got := s.Arrivals(); len(got) != 1 || got[0] != 0 {
 			t.Errorf("attempts arrived at %v, want one at once", got)
 		}
 		begin := time.Now()
@@ -57,9 +57,9 @@ func TestStreamHeaderFirst(t *testing.T) {
 		at    time.Duration
 		code  codes.Code
 	}{
-		{"the hedge has one first", []part{{after: time.Hour}, {after: 5 * ms}}, 2, 15 * ms, codes.OK},
-		{"the first attempt has", []part{{after: 12 * ms}, {after: 5 * ms}}, 1, 12 * ms, codes.OK},
-		{"none has: the failure comes with RecvMsg", []part{{after: 3 * ms, code: codes.NotFound}}, 0, 3 * ms, codes.NotFound},
+		{"the hedge has one first", []part{{After: time.Hour}, {After: 5 * ms}}, 2, 15 * ms, codes.OK},
+		{"the first attempt has", []part{{After: 12 * ms}, {After: 5 * ms}}, 1, 12 * ms, codes.OK},
+		{"none has: the failure comes with RecvMsg", []part{{After: 3 * ms, Code: codes.NotFound}}, 0, 3 * ms, codes.NotFound},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -70,8 +70,8 @@ func TestStreamHeaderFirst(t *testing.T) {
 					t.Fatal(err)
 				}
 				md, err := ss.Header()
-				if err != nil || time.Since(s.begin) != tc.at {
-					t.Errorf("%v after %v, want after %v", err, time.Since(s.begin), tc.at)
+				if err != nil || time.Since(s.Begin) != tc.at {
+					t.Errorf("%v after %v, want after %v", err, time.Since(s.Begin), tc.at)
 				}
 				res, err := ss.Recv()
 				if status.Code(err) != tc.code || res.GetId() != tc.want {
@@ -91,7 +91,7 @@ func TestStreamHeaderFirst(t *testing.T) {
 // Trap: the caller changes its request between the call and the hedge.
 func TestStreamRequestIsTheCallersAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(part{after: time.Hour}, part{after: ms})
+		s := newStage(part{After: time.Hour}, part{After: ms})
 		c, _ := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms})
 		req := &kvpb.Request{Id: 41}
 		ctx, cancel := context.WithCancel(t.Context())
@@ -104,8 +104,8 @@ func TestStreamRequestIsTheCallersAgain(t *testing.T) {
 		if _, err := ss.Recv(); err != nil {
 			t.Fatal(err)
 		}
-		if s.ids[1] != 41 || s.ids[2] != 41 {
-			t.Errorf("the attempts carried %v, want 41", s.ids)
+		if s.IDs[1] != 41 || s.IDs[2] != 41 {
+			t.Errorf("the attempts carried %v, want 41", s.IDs)
 		}
 	})
 }
@@ -149,7 +149,7 @@ func TestStreamAbandoned(t *testing.T) {
 	for _, when := range []string{"before the race", "during the race", "after the race"} {
 		t.Run(when, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := newStage(part{after: 20 * ms})
+				s := newStage(part{After: 20 * ms})
 				c, f := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms})
 				ctx, cancel := context.WithCancel(t.Context())
 				var mu sync.Mutex
@@ -198,7 +198,7 @@ func TestStreamThatDoesNotOpen(t *testing.T) {
 		want     codes.Code
 	}{{nil, codes.Unavailable}, {[]codes.Code{codes.Unavailable}, codes.OK}} {
 		synctest.Test(t, func(t *testing.T) {
-			s := newStage(part{after: ms})
+			s := newStage(part{After: ms})
 			refuseFirst := func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, st grpc.Streamer, o ...grpc.CallOption) (grpc.ClientStream, error) {
 				if hedging.AttemptNumber(ctx) == 1 {
 					return nil, status.Error(codes.Unavailable, "no")

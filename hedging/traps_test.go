@@ -22,6 +22,7 @@ import (
 
 	"github.com/bobtail-rpc/bobtail/hedging"
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
+	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
 
@@ -74,11 +75,11 @@ func TestOptionsAreTheWinners(t *testing.T) {
 		for _, kind := range []string{"unary", "server streaming"} {
 			t.Run(fmt.Sprintf("%s/attempt %d wins", kind, winner), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					first := part{after: time.Second}
+					first := part{After: time.Second}
 					if winner == 1 {
-						first.after = 11 * ms
+						first.After = 11 * ms
 					}
-					s := newStage(first, part{after: 5 * ms})
+					s := newStage(first, part{After: 5 * ms})
 					c, _ := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms})
 					var header, trailer metadata.MD
 					var p peer.Peer
@@ -141,7 +142,7 @@ func drain(ctx context.Context, c kvpb.KVClient, opts ...grpc.CallOption) (*kvpb
 // Trap: the trailer of the failure that is returned is another attempt's.
 func TestTrailerOfTheReturnedFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(part{after: 20 * ms, code: codes.Aborted, push: "7"}, part{after: ms, code: codes.Aborted, push: "-1"})
+		s := newStage(part{After: 20 * ms, Code: codes.Aborted, Push: "7"}, part{After: ms, Code: codes.Aborted, Push: "-1"})
 		c, _ := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms, NonFatalCodes: []codes.Code{codes.Aborted}})
 		var trailer metadata.MD
 		_, err := c.Get(t.Context(), &kvpb.Request{}, grpc.Trailer(&trailer))
@@ -212,8 +213,8 @@ func TestRequestIsNotClonedBehindTheCallersBack(t *testing.T) {
 // Trap: reflect.New of a dynamicpb reply has no descriptor.
 func TestDynamicMessages(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newStage(part{after: time.Second}, part{after: ms})
-		f := s.fleet(t)
+		s := newStage(part{After: time.Second}, part{After: ms})
+		f := grpctest.NewFleet(t, 3, s.Handlers())
 		cc := f.Dial(roundRobin, grpc.WithChainUnaryInterceptor(
 			hedging.UnaryClientInterceptor(hedging.Config{MaxAttempts: 2, Delay: 10 * ms})))
 		req := dynamicpb.NewMessage((&kvpb.Request{}).ProtoReflect().Descriptor())
@@ -316,7 +317,7 @@ func TestLosersAreCancelledOnTheServer(t *testing.T) {
 	for _, kind := range []string{"unary", "server streaming"} {
 		t.Run(kind, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := newStage(part{after: time.Hour}, part{after: time.Hour}, part{after: 5 * ms})
+				s := newStage(part{After: time.Hour}, part{After: time.Hour}, part{After: 5 * ms})
 				c, f := s.dial(t, hedging.Config{MaxAttempts: 3, Delay: 10 * ms})
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
@@ -326,8 +327,8 @@ func TestLosersAreCancelledOnTheServer(t *testing.T) {
 				synctest.Wait()
 				s.mu.Lock()
 				defer s.mu.Unlock()
-				if len(s.cancelled) != 2 || s.cancelled[1] != 25*ms || s.cancelled[2] != 25*ms {
-					t.Errorf("cancelled at %v, want attempts 1 and 2 at 25ms", s.cancelled)
+				if len(s.Cancelled) != 2 || s.Cancelled[1] != 25*ms || s.Cancelled[2] != 25*ms {
+					t.Errorf("cancelled at %v, want attempts 1 and 2 at 25ms", s.Cancelled)
 				}
 				for _, b := range f.Backends {
 					if n := b.Started.Load(); n != 1 {
@@ -348,7 +349,7 @@ func TestCancellation(t *testing.T) {
 	}{{"before the hedge", 5 * ms}, {"after the hedge", 15 * ms}} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s := newStage(part{after: time.Hour})
+				s := newStage(part{After: time.Hour})
 				c, f := s.dial(t, hedging.Config{MaxAttempts: 2, Delay: 10 * ms,
 					NonFatalCodes: []codes.Code{codes.Canceled, codes.DeadlineExceeded, codes.Unavailable}})
 				ctx, cancel := context.WithCancel(t.Context())

@@ -5,11 +5,11 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/bobtail-rpc/bobtail/internal/rpc"
 )
 
 // InvokeUnary makes one unary call, hedged. It has the form of a
@@ -30,7 +30,7 @@ func (h *Hedger) InvokeUnary(ctx context.Context, method string, req, reply any,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	now := h.now()
 	h.deposit(now)
-	out := message(reply)
+	out := rpc.Message(reply)
 	if out == nil || !isMessage(req) {
 		return invoker(ctx, method, req, reply, cc, opts...)
 	}
@@ -56,27 +56,14 @@ type unary struct {
 // forFirst returns the first attempt's call options: the caller's but for OnFinish,
 // and a trailer.
 func (u *unary) forFirst() []grpc.CallOption {
-	all := u.room[:0]
-	for _, o := range u.opts {
-		if _, ok := o.(grpc.OnFinishCallOption); !ok {
-			all = append(all, o)
-		}
-	}
-	return append(all, grpc.Trailer(&u.first.trailer))
+	return append(rpc.ButOnFinish(u.room[:0], u.opts), grpc.Trailer(&u.first.trailer))
 }
 
 // forHedge returns opts for an attempt other than the first: what writes through a
 // pointer of the caller's is left out, and the attempt does not wait for a
 // backend to become ready.
 func forHedge(opts []grpc.CallOption, own ...grpc.CallOption) []grpc.CallOption {
-	all := make([]grpc.CallOption, 0, len(opts)+len(own)+1)
-	for _, o := range opts {
-		switch o.(type) {
-		case grpc.HeaderCallOption, grpc.TrailerCallOption, grpc.PeerCallOption, grpc.OnFinishCallOption:
-		default:
-			all = append(all, o)
-		}
-	}
+	all := rpc.ForAttempt(make([]grpc.CallOption, 0, len(opts)+len(own)+1), opts)
 	return append(append(all, own...), grpc.WaitForReady(false))
 }
 
@@ -86,7 +73,7 @@ func (u *unary) prepare(b *branch) {
 		b.req, b.reply = u.req, u.reply
 		return
 	}
-	b.req, b.reply = proto.Clone(message(u.req)), u.kind.New().Interface()
+	b.req, b.reply = proto.Clone(rpc.Message(u.req)), u.kind.New().Interface()
 }
 
 func (u *unary) try(b *branch) error {
@@ -112,34 +99,15 @@ func (u *unary) finish() error {
 		if w.panicked != nil {
 			panic(w.panicked)
 		}
-		u.give(w.header, w.trailer, &w.peer)
+		rpc.Give(u.opts, w.header, w.trailer, w.peer)
 		if w.err == nil && !w.inline {
-			move(message(u.reply), w.reply.(proto.Message))
+			move(rpc.Message(u.reply), w.reply.(proto.Message))
 		}
 	}
 	return u.done(w.err)
 }
 
-// give sets what the caller's options point at, as grpc would have, from an
-// attempt other than the first.
-func (u *unary) give(header, trailer metadata.MD, p *peer.Peer) {
-	for _, o := range u.opts {
-		switch o := o.(type) {
-		case grpc.HeaderCallOption:
-			*o.HeaderAddr = header
-		case grpc.TrailerCallOption:
-			*o.TrailerAddr = trailer
-		case grpc.PeerCallOption:
-			*o.PeerAddr = *p
-		}
-	}
-}
-
 func (u *unary) done(err error) error {
-	for _, o := range u.opts {
-		if f, ok := o.(grpc.OnFinishCallOption); ok {
-			f.OnFinish(err)
-		}
-	}
+	rpc.Finish(u.opts, err)
 	return err
 }

@@ -117,6 +117,7 @@ type Budget struct {
 	mu         sync.Mutex        // guards what follows; withdrawals are few
 	extra      [ringSlots]uint32 // extra attempts per slot, of the slots up to latest
 	extraTotal uint64
+	reserved   uint64        // taken out and not sent yet; in extraTotal, in no slot
 	elapsed    time.Duration // at the latest withdrawal
 	sums       sums          // a cache
 }
@@ -208,15 +209,62 @@ func (b *Budget) TryWithdraw(now time.Time) bool {
 	if f.extraTotal > f.total.whole || f.extraWindow > f.window.whole {
 		return false
 	}
+	b.book(elapsed)
+	b.extraTotal++
+	return true
+}
+
+// book counts an extra attempt as sent at elapsed, which is not before b.elapsed. b.mu
+// is held, and funds was called for elapsed.
+func (b *Budget) book(elapsed time.Duration) {
 	epoch := int64(elapsed / b.slot)
 	for e := max(int64(b.elapsed/b.slot), epoch-ringSlots) + 1; e <= epoch; e++ {
 		b.extra[e%ringSlots] = 0
 	}
 	b.elapsed = elapsed
 	b.extra[epoch%ringSlots]++
-	b.extraTotal++
 	b.sums.extra++
+}
+
+// TryReserve takes out one extra attempt that is to be sent later, after a backoff, or
+// reports false and changes nothing. Follow it by [Budget.SendReserved] or
+// [Budget.Release], once. Until then it counts as if it were sent now, whenever now is,
+// so that what is reserved in one window and sent in the next, beside the next one's
+// own, does not make two windows' worth of attempts in one.
+func (b *Budget) TryReserve(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	f := b.funds(max(b.since(now), b.elapsed))
+	if f.extraTotal > f.total.whole || f.extraWindow > f.window.whole {
+		return false
+	}
+	b.extraTotal++
+	b.reserved++
 	return true
+}
+
+// SendReserved says that a reserved extra attempt is sent now.
+func (b *Budget) SendReserved(now time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.reserved == 0 {
+		return
+	}
+	elapsed := max(b.since(now), b.elapsed)
+	b.funds(elapsed)
+	b.reserved--
+	b.book(elapsed)
+}
+
+// Release gives a reserved extra attempt back: it will not be sent.
+func (b *Budget) Release() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.reserved == 0 {
+		return
+	}
+	b.reserved--
+	b.extraTotal--
 }
 
 // GiveBack returns an extra attempt that was never sent. withdrawn is the time
@@ -293,7 +341,7 @@ func (b *Budget) funds(elapsed time.Duration) funds {
 		total:       b.paid(total).plus(minWhole, minPart),
 		window:      b.paid(window).plus(b.windowWhole, b.windowPart),
 		extraTotal:  b.extraTotal,
-		extraWindow: b.sums.extra,
+		extraWindow: b.sums.extra + b.reserved,
 	}
 }
 
