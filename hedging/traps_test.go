@@ -325,8 +325,8 @@ func TestLosersAreCancelledOnTheServer(t *testing.T) {
 					t.Fatalf("attempt %d, %v, want 3", by, err)
 				}
 				synctest.Wait()
-				s.mu.Lock()
-				defer s.mu.Unlock()
+				s.Mu.Lock()
+				defer s.Mu.Unlock()
 				if len(s.Cancelled) != 2 || s.Cancelled[1] != 25*ms || s.Cancelled[2] != 25*ms {
 					t.Errorf("cancelled at %v, want attempts 1 and 2 at 25ms", s.Cancelled)
 				}

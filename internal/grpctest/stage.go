@@ -33,7 +33,7 @@ type Stage struct {
 	Parts []Part
 	Begin time.Time
 
-	mu sync.Mutex // guards the rest while the stage serves
+	Mu sync.Mutex // guards the rest while the stage serves
 	// By the number of the attempt: when it arrived and was cancelled, since Begin,
 	// what its metadata bobtail-attempt said, and the id of its request.
 	Arrived   map[int]time.Duration
@@ -61,19 +61,19 @@ func (s *Stage) enter(ctx context.Context, b *Backend, req *kvpb.Request) (k int
 		}
 		k = n + 1
 	}
-	s.mu.Lock()
+	s.Mu.Lock()
 	s.Arrived[k] = time.Since(s.Begin)
 	s.Kinds[k] = fmt.Sprint(md.Get("bobtail-attempt"))
 	s.IDs[k] = req.Id
 	s.By[k] = b.Name
-	s.mu.Unlock()
+	s.Mu.Unlock()
 	p := s.Parts[min(k, len(s.Parts))-1]
 	select {
 	case <-time.After(p.After):
 	case <-ctx.Done():
-		s.mu.Lock()
+		s.Mu.Lock()
 		s.Cancelled[k] = time.Since(s.Begin)
-		s.mu.Unlock()
+		s.Mu.Unlock()
 		return k, status.FromContextError(ctx.Err()).Err()
 	}
 	if p.Push != "" {
@@ -140,8 +140,8 @@ func (s *Stage) Dial(t testing.TB, opts ...grpc.DialOption) (kvpb.KVClient, *Fle
 
 // Arrivals lists when attempts 1, 2, ... arrived; one that did not, -1.
 func (s *Stage) Arrivals() []time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
 	out := []time.Duration{}
 	for k := 1; k <= len(s.Arrived); k++ {
 		d, ok := s.Arrived[k]
