@@ -1,0 +1,59 @@
+package retry
+
+import (
+	"context"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/bobtail-rpc/bobtail/internal/permethod"
+)
+
+// UnaryClientInterceptor returns an interceptor that retries every unary call made
+// through it by cfg: install it where all methods may be executed more than once, or
+// let package bobtail choose by method. Dial with grpc.WithDisableRetry(), or grpc's own
+// retries multiply with these. Latencies are learned for each method of each target.
+// With a faulty cfg every call fails with INTERNAL and names the fault;
+// [Config.Validate] tells it at the start.
+func UnaryClientInterceptor(cfg Config) grpc.UnaryClientInterceptor {
+	m := newMethods(cfg)
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
+		invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if m.err != nil {
+			return m.err
+		}
+		return m.Of(cc, method).InvokeUnary(ctx, method, req, reply, cc, invoker, opts...)
+	}
+}
+
+// StreamClientInterceptor is [UnaryClientInterceptor] for streams: a server-streaming
+// call is retried until its first message, see [Retrier.OpenStream]. Client- and
+// bidi-streaming calls pass.
+func StreamClientInterceptor(cfg Config) grpc.StreamClientInterceptor {
+	m := newMethods(cfg)
+	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string,
+		streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+		if desc.ClientStreams || !desc.ServerStreams {
+			return streamer(ctx, desc, cc, method, opts...)
+		}
+		if m.err != nil {
+			return nil, m.err
+		}
+		return m.Of(cc, method).OpenStream(ctx, desc, cc, method, streamer, opts...)
+	}
+}
+
+// methods has a Retrier for each method of each target. A retrier takes about 64 KiB.
+type methods struct {
+	*permethod.Map[*Retrier]
+	err error
+}
+
+func newMethods(cfg Config) *methods {
+	m := &methods{Map: permethod.New(func(string) *Retrier { return build(cfg) })}
+	if err := cfg.Validate(); err != nil {
+		m.err = status.Error(codes.Internal, err.Error())
+	}
+	return m
+}

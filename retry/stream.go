@@ -1,0 +1,305 @@
+package retry
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/bobtail-rpc/bobtail/internal/rpc"
+)
+
+// OpenStream makes one server-streaming call, retried until its first message. It has
+// the form of a grpc.StreamClientInterceptor; a call whose client streams passes
+// through.
+//
+// A failure is met, and the wait for the next attempt spent, in the call that meets
+// it: here, in RecvMsg, or in Header. What the caller has been given, a header or a
+// message, commits the stream. The request is cloned when it is sent, since the caller
+// has it back before an attempt can fail; one that is no proto message is not retried.
+// AttemptTimeout counts until the first message.
+func (r *Retrier) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string,
+	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	if desc.ClientStreams || !desc.ServerStreams {
+		return streamer(ctx, desc, cc, method, opts...)
+	}
+	s := &stream{desc: desc, cc: cc, streamer: streamer, opts: opts}
+	// Clipped, like every list that interceptors below may append to: attempts must not
+	// write into each other's.
+	s.each = slices.Clip(rpc.ForAttempt(make([]grpc.CallOption, 0, len(opts)), opts))
+	s.begin(r, ctx, method, true)
+	if err := s.open(); err != nil {
+		if err := s.mend(err, s.expired()); err != nil {
+			return nil, s.finish(err)
+		}
+	}
+	if rpc.HasOnFinish(opts) {
+		// The caller may end the call by its context and never receive.
+		s.unwatch = context.AfterFunc(ctx, func() { s.onFinish(status.FromContextError(ctx.Err()).Err()) })
+	}
+	return s, nil
+}
+
+// stream is the grpc.ClientStream that the caller holds.
+type stream struct {
+	desc     *grpc.StreamDesc
+	cc       *grpc.ClientConn
+	streamer grpc.Streamer
+	opts     []grpc.CallOption // the caller's
+	each     []grpc.CallOption // those that every attempt is given
+	finished sync.Once
+	unwatch  func() bool
+
+	// phase lets one of RecvMsg and Header, which may be called concurrently, take the
+	// stream to its first message while the other waits. It guards what follows.
+	phase sync.Mutex
+	call
+	committed bool
+	result    error       // of the call that has failed before it was committed
+	timer     *time.Timer // of the newest attempt; nil without a timeout
+
+	mu     sync.Mutex // guards the rest: SendMsg may run beside RecvMsg
+	live   grpc.ClientStream
+	cancel context.CancelFunc // of the newest attempt's context
+	req    proto.Message      // a clone; nil if it was no proto message
+	sent   bool
+	closed bool // CloseSend was called
+}
+
+// open opens the newest attempt's stream, and sends on it what the caller has sent. The
+// caller holds phase, or the stream alone.
+func (s *stream) open() error {
+	ctx, cancel := context.WithCancel(s.current.Context)
+	s.current.Context = ctx
+	if d := s.r.cfg.AttemptTimeout; d > 0 {
+		s.timer = time.AfterFunc(d, cancel)
+	}
+	live, err := s.streamer(s.current, s.desc, s.cc, s.attempts.Method, s.each...)
+	if err != nil {
+		live = unopened{ctx: s.ctx}
+	}
+	s.mu.Lock()
+	s.live, s.cancel = live, cancel
+	req, sent, closed := s.req, s.sent, s.closed
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if sent {
+		if err := live.SendMsg(req); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+	}
+	if closed {
+		return live.CloseSend()
+	}
+	return nil
+}
+
+// expired stops the newest attempt's timer and reports whether that was too late.
+func (s *stream) expired() bool {
+	late := s.timer != nil && !s.timer.Stop()
+	s.timer = nil
+	return late
+}
+
+// mend takes the failure of the newest attempt and goes on to the next, until one
+// opens: then it returns nil. Else it returns the call's error.
+func (s *stream) mend(err error, timedOut bool) error {
+	for {
+		s.now = s.r.now()
+		timedOut = timedOut && s.ctx.Err() == nil
+		if timedOut {
+			// grpc says CANCELLED, since it was we who ended it.
+			err = status.Errorf(codes.DeadlineExceeded, "retry: attempt %d brought no message within %v", s.number, s.r.cfg.AttemptTimeout)
+		}
+		s.mu.Lock()
+		s.cancel()
+		_, never := s.live.(unopened)
+		trailer := s.live.Trailer()
+		single := s.sent && s.req == nil
+		s.mu.Unlock()
+		code := status.Code(err)
+		wait, why := s.ended(end{
+			err: err, code: code, trailer: trailer, timedOut: timedOut, single: single,
+			unsent: never && !timedOut && code == codes.Unavailable && s.current.attempt.Endpoint() == "",
+		})
+		if why == "" && !s.again(wait) {
+			err, why = status.FromContextError(s.ctx.Err()).Err(), CallEnded
+		}
+		if why != "" {
+			s.report(why, status.Code(err))
+			return err
+		}
+		if err = s.open(); err == nil {
+			return nil
+		}
+		timedOut = s.expired()
+	}
+}
+
+// newest returns the stream of the newest attempt.
+func (s *stream) newest() grpc.ClientStream {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.live
+}
+
+// SendMsg sends the one request.
+func (s *stream) SendMsg(m any) error {
+	var clone proto.Message
+	if p := rpc.Message(m); p != nil {
+		clone = proto.Clone(p)
+	}
+	s.mu.Lock()
+	s.req, s.sent = clone, true
+	live := s.live
+	s.mu.Unlock()
+	err := live.SendMsg(m)
+	if errors.Is(err, io.EOF) {
+		return nil // the stream has failed: receiving from it tells how, and a retry may mend it
+	}
+	if err != nil {
+		return s.finish(err) // by grpc's contract the end of the stream
+	}
+	return nil
+}
+
+// CloseSend implements grpc.ClientStream.
+func (s *stream) CloseSend() error {
+	s.mu.Lock()
+	s.closed = true
+	live := s.live
+	s.mu.Unlock()
+	return live.CloseSend()
+}
+
+// Context implements grpc.ClientStream.
+func (s *stream) Context() context.Context { return s.newest().Context() }
+
+// Trailer implements grpc.ClientStream.
+func (s *stream) Trailer() metadata.MD { return s.newest().Trailer() }
+
+// RecvMsg receives the next message, at first that of the first attempt that has one.
+func (s *stream) RecvMsg(m any) error {
+	if begun, err := s.receiveFirst(m); begun {
+		return s.told(err)
+	}
+	return s.told(s.newest().RecvMsg(m))
+}
+
+// told ends the call if err does.
+func (s *stream) told(err error) error {
+	if err != nil {
+		return s.finish(err)
+	}
+	return nil
+}
+
+// receiveFirst takes the stream to its first message, or to its end, unless that has
+// been done; then it returns false, or the error that the call has ended with.
+func (s *stream) receiveFirst(m any) (bool, error) {
+	s.phase.Lock()
+	defer s.phase.Unlock()
+	if s.committed || s.result != nil {
+		return s.result != nil, s.result
+	}
+	s.receiving()
+	for {
+		err := s.newest().RecvMsg(m)
+		if late := s.expired(); err == io.EOF || err == nil && !late {
+			s.commit()
+			return true, err
+		} else if s.result = s.mend(err, late); s.result != nil {
+			return true, s.result
+		}
+	}
+}
+
+// Header returns the header of the first attempt that has one.
+func (s *stream) Header() (metadata.MD, error) {
+	s.phase.Lock()
+	defer s.phase.Unlock()
+	if !s.committed && s.result == nil {
+		s.receiving()
+	}
+	for !s.committed && s.result == nil {
+		live := s.newest()
+		md, err := live.Header()
+		if err != nil || md == nil {
+			// The stream has ended without a header, and so without a message.
+			// Receiving tells how.
+			err = live.RecvMsg(new(emptypb.Empty))
+		}
+		if late := s.expired(); err == io.EOF || err == nil && !late {
+			s.commit()
+		} else {
+			s.result = s.mend(err, late) // for RecvMsg to tell, as grpc has it
+		}
+	}
+	return s.newest().Header()
+}
+
+// receiving notes that the caller receives from now on. An answer that came while
+// nobody was receiving was quicker than it seems.
+func (s *stream) receiving() {
+	s.unmeasured = s.r.now().Sub(s.begun) > time.Millisecond
+}
+
+// commit stays with the newest attempt. The caller holds phase.
+func (s *stream) commit() {
+	s.committed = true
+	s.now = s.r.now()
+	s.succeeded()
+}
+
+// finish ends the call on the caller's side: it sets the caller's options from the
+// newest attempt, lets go of its context and runs OnFinish. It returns err.
+func (s *stream) finish(err error) error {
+	s.mu.Lock()
+	live, cancel := s.live, s.cancel
+	s.mu.Unlock()
+	if _, never := live.(unopened); never {
+		// Its context is the caller's, whose peer, inside a server, is another's.
+		rpc.Give(s.opts, nil, nil, peer.Peer{})
+	} else {
+		rpc.GiveStream(s.opts, live)
+	}
+	cancel()
+	if s.unwatch != nil {
+		s.unwatch()
+	}
+	if err == io.EOF {
+		s.onFinish(nil)
+	} else {
+		s.onFinish(err)
+	}
+	return err
+}
+
+// onFinish runs the caller's OnFinish options, once.
+func (s *stream) onFinish(err error) {
+	s.finished.Do(func() { rpc.Finish(s.opts, err) })
+}
+
+// unopened is the stream of an attempt for which grpc opened none.
+type unopened struct {
+	grpc.ClientStream
+	ctx context.Context
+}
+
+func (unopened) Header() (metadata.MD, error) { return nil, nil }
+func (unopened) Trailer() metadata.MD         { return nil }
+func (unopened) SendMsg(any) error            { return io.EOF }
+func (unopened) CloseSend() error             { return nil }
+func (u unopened) Context() context.Context   { return u.ctx }
