@@ -37,7 +37,7 @@ func (h *Hedger) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc
 	if desc.ClientStreams || !desc.ServerStreams {
 		return streamer(ctx, desc, cc, method, opts...)
 	}
-	s := &stream{desc: desc, cc: cc, streamer: streamer, opts: opts}
+	s := &stream{desc: desc, cc: cc, streamer: streamer, opts: opts, start: make(chan struct{}, 1)}
 	s.race.h, s.race.ctx, s.race.op = h, ctx, s
 	s.attempts.Method = method
 	s.hedgeOpts = forHedge(opts)
@@ -83,9 +83,11 @@ type stream struct {
 
 	req proto.Message // a clone; nil if the request is no proto message
 
-	// start lets one of RecvMsg and Header, which may be called concurrently,
-	// run the race while the other waits. It guards raced, into and ended.
-	start sync.Mutex
+	// start holds a token that lets one of RecvMsg and Header, which may be called
+	// concurrently, run the race while the other waits. It guards raced, into and ended.
+	// A channel, because a goroutine that waits for a mutex stops the clock of a
+	// testing/synctest bubble, and the race takes time.
+	start chan struct{}
 	raced bool
 	into  any                      // what the first attempt receives into; nil in a race to the headers
 	kind  protoreflect.MessageType // of into
@@ -151,8 +153,8 @@ func (s *stream) RecvMsg(m any) error {
 // it has been run. It reports whether it did, and how the call has ended, if it met
 // the end.
 func (s *stream) raceOnce(into any) (raced bool, ended error) {
-	s.start.Lock()
-	defer s.start.Unlock()
+	s.start <- struct{}{}
+	defer func() { <-s.start }()
 	if s.raced {
 		return false, s.ended
 	}
@@ -194,7 +196,7 @@ func (s *stream) winner() *branch {
 }
 
 // compete runs the race, to the first message, or to the headers if into is nil.
-// The caller holds s.start.
+// The caller holds the token of s.start.
 func (s *stream) compete(into any) *branch {
 	s.raced, s.into = true, into
 	now := time.Now()

@@ -33,7 +33,7 @@ func (r *Retrier) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grp
 	if desc.ClientStreams || !desc.ServerStreams {
 		return streamer(ctx, desc, cc, method, opts...)
 	}
-	s := &stream{desc: desc, cc: cc, streamer: streamer, opts: opts}
+	s := &stream{desc: desc, cc: cc, streamer: streamer, opts: opts, phase: make(chan struct{}, 1)}
 	// Clipped, like every list that interceptors below may append to: attempts must not
 	// write into each other's.
 	s.each = slices.Clip(rpc.ForAttempt(make([]grpc.CallOption, 0, len(opts)), opts))
@@ -60,9 +60,11 @@ type stream struct {
 	finished sync.Once
 	unwatch  func() bool
 
-	// phase lets one of RecvMsg and Header, which may be called concurrently, take the
-	// stream to its first message while the other waits. It guards what follows.
-	phase sync.Mutex
+	// phase holds a token that lets one of RecvMsg and Header, which may be called
+	// concurrently, take the stream to its first message while the other waits. It guards
+	// what follows. A channel, because a goroutine that waits for a mutex stops the clock of
+	// a testing/synctest bubble, and the other may be waiting for its backoff.
+	phase chan struct{}
 	call
 	committed bool
 	result    error       // of the call that has failed before it was committed
@@ -209,8 +211,8 @@ func (s *stream) told(err error) error {
 // receiveFirst takes the stream to its first message, or to its end, unless that has
 // been done; then it returns false, or the error that the call has ended with.
 func (s *stream) receiveFirst(m any) (bool, error) {
-	s.phase.Lock()
-	defer s.phase.Unlock()
+	s.phase <- struct{}{}
+	defer func() { <-s.phase }()
 	if s.committed || s.result != nil {
 		return s.result != nil, s.result
 	}
@@ -228,8 +230,8 @@ func (s *stream) receiveFirst(m any) (bool, error) {
 
 // Header returns the header of the first attempt that has one.
 func (s *stream) Header() (metadata.MD, error) {
-	s.phase.Lock()
-	defer s.phase.Unlock()
+	s.phase <- struct{}{}
+	defer func() { <-s.phase }()
 	if !s.committed && s.result == nil {
 		s.receiving()
 	}

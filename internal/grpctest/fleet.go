@@ -50,9 +50,10 @@ type Backend struct {
 	// by the time they returned.
 	Started, Ended, Cancelled atomic.Int64
 
-	h   Handlers
-	srv *grpc.Server
-	// lis is atomic because Stop and Start replace it under dialing clients.
+	h Handlers
+	// Atomic because Stop and Start, which a handler too may call, replace them under
+	// dialing clients.
+	srv atomic.Pointer[grpc.Server]
 	lis atomic.Pointer[bufconn.Listener]
 }
 
@@ -91,18 +92,15 @@ func (f *Fleet) Start(i int) {
 	srv := grpc.NewServer(append([]grpc.ServerOption{grpc.WaitForHandlers(true)}, f.opts...)...)
 	kvpb.RegisterKVServer(srv, b)
 	b.lis.Store(lis)
-	b.srv = srv
+	b.srv.Store(srv)
 	go srv.Serve(lis) //nolint:errcheck // it returns when the test stops the server
 }
 
 // Stop breaks backend i off: its connections close and new ones are refused.
 func (f *Fleet) Stop(i int) {
-	b := f.Backends[i]
-	if b.srv == nil {
-		return
+	if srv := f.Backends[i].srv.Swap(nil); srv != nil {
+		srv.Stop()
 	}
-	b.srv.Stop()
-	b.srv = nil
 }
 
 // Dial connects to all backends of the fleet and
