@@ -135,7 +135,7 @@ func TestUnsent(t *testing.T) {
 					f.Stop(1)
 					var reports []Report
 					cfg := Config{
-						MaxAttempts: 3, Backoff: Backoff{Initial: time.Minute, Max: time.Minute, Multiplier: 1, Jitter: GRPCJitter}, UnsentOnly: true,
+						MaxAttempts: 3, Backoff: Backoff{Initial: time.Minute, Max: time.Minute, Multiplier: 1, Jitter: GRPCJitter}, UnsentOnly: true, RetryableCodes: unavailable,
 						Report: func(_ context.Context, r Report) { reports = append(reports, r) },
 					}
 					kv := dial(f, cfg, grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"`+balancer+`":{}}]}`))
@@ -178,7 +178,7 @@ func TestDiedAtWork(t *testing.T) {
 					},
 				})
 				var report Report
-				cfg := Config{MaxAttempts: 3, Backoff: doubling, UnsentOnly: true, Report: func(_ context.Context, r Report) { report = r }}
+				cfg := Config{MaxAttempts: 3, Backoff: doubling, UnsentOnly: true, RetryableCodes: unavailable, Report: func(_ context.Context, r Report) { report = r }}
 				_, err := makeCall(t.Context(), dial(f, cfg), kind)
 				if status.Code(err) != codes.Unavailable || report.Attempts != 1 || report.Stopped != NotRetryable {
 					t.Errorf("%v, %+v, want one attempt", err, report)
