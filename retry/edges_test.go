@@ -86,7 +86,10 @@ func TestFailuresAreCensored(t *testing.T) {
 		}
 		serve := func(d time.Duration, err error) {
 			r.InvokeUnary(t.Context(), "/kv.KV/Get", &kvpb.Request{}, &kvpb.Response{}, nil,
-				func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { time.Sleep(d); return err })
+				func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error {
+					time.Sleep(d)
+					return err
+				})
 		}
 		for range 100 {
 			serve(20*ms, nil)
@@ -107,7 +110,9 @@ func TestUnreceivedIsUnmeasured(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f := scans(t, func(_ int, _ *kvpb.Request, s grpc.ServerStreamingServer[kvpb.Response]) error { return s.Send(&kvpb.Response{}) })
+		f := scans(t, func(_ int, _ *kvpb.Request, s grpc.ServerStreamingServer[kvpb.Response]) error {
+			return s.Send(&kvpb.Response{})
+		})
 		cc := f.Dial(grpc.WithChainStreamInterceptor(r.OpenStream))
 		for range 20 {
 			s, err := kvpb.NewKVClient(cc).Scan(t.Context(), &kvpb.Request{})
