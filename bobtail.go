@@ -53,18 +53,16 @@ func NewClient(p Policy, opts ...Option) (*Client, error) {
 
 // warn says what an operator would want to have been told about a policy.
 func (c *Client) warn(p *Policy) {
-	hedges := false
+	hedges, retries := false, false
 	for i := range p.entries {
 		e := &p.entries[i]
 		hedges = hedges || e.hedging != nil && e.mode == modeOn
+		retries = retries || e.retry != nil && e.mode == modeOn
 	}
-	if !hedges {
-		return
+	if (hedges || retries) && p.extraLoad == nil {
+		c.once("no extraLoad", "bobtail: the policy hedges or retries without extraLoad: nothing bounds the extra attempts (gRFC A6)")
 	}
-	if p.extraLoad == nil {
-		c.once("no extraLoad", "bobtail: the policy hedges without extraLoad: nothing bounds the extra attempts (gRFC A6)")
-	}
-	if !p.ownBalancer {
+	if hedges && !p.ownBalancer {
 		c.once("foreign balancer", "bobtail: hedging over a balancer of grpc's own: a hedge may go to the backend that is slow")
 	}
 }

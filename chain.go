@@ -2,29 +2,63 @@ package bobtail
 
 import (
 	"context"
+	"errors"
 	"slices"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+
+	"github.com/bobtail-rpc/bobtail/internal/outcome"
+	"github.com/bobtail-rpc/bobtail/internal/rpc"
 )
 
 // The order of a call is fixed here and nowhere else, in one interceptor for each
 // kind of call: a link of an interceptor chain costs every call an allocation.
 //
-//	deadline -> hedging (opens attempts, each extra one paid from the target's
-//	budget) -> the connection's own interceptors, picker and transport
+//	deadline -> bulkhead -> rate limit -> adaptive throttle -> breaker -> hedging or
+//	retry (opens attempts, each extra one paid from the target's budget) -> the
+//	connection's own interceptors, picker and transport
+//
+// So what refuses calls counts calls, not attempts, and a refusal is never retried.
 
 // unary is the interceptor of unary calls.
 func (c *Client) unary(ctx context.Context, name string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	m := c.method(cc, name)
+	m := c.method(cc, name).overridden(ctx, opts)
 	if m.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, m.timeout)
 		defer cancel()
 	}
-	if m.hedger != nil {
+	if m.guard == nil {
+		return m.invoke(ctx, name, req, reply, cc, invoker, opts...)
+	}
+	p, err := m.guard.enter(ctx)
+	if err != nil {
+		rpc.Finish(opts, err)
+		return err
+	}
+	// In case of a panic below: nobody knows how the call ended.
+	err = errAbandoned
+	defer func() { p.leave(err) }()
+	err = m.invoke(ctx, name, req, reply, cc, invoker, opts...)
+	return err
+}
+
+// errAbandoned is the end of a call that panicked: a refusal, so that it counts for
+// nobody.
+var errAbandoned error = &outcome.Refusal{Cause: errors.New("bobtail: abandoned"), Code: codes.Canceled}
+
+// invoke makes a unary call that has been let in.
+func (m *method) invoke(ctx context.Context, name string, req, reply any, cc *grpc.ClientConn,
+	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	switch {
+	case m.hedger != nil:
 		return m.hedger.InvokeUnary(ctx, name, req, reply, cc, invoker, opts...)
+	case m.retrier != nil:
+		return m.retrier.InvokeUnary(ctx, name, req, reply, cc, invoker, opts...)
 	}
 	m.first()
 	err := invoker(ctx, name, req, reply, cc, opts...)
@@ -35,25 +69,62 @@ func (c *Client) unary(ctx context.Context, name string, req, reply any, cc *grp
 // stream is the interceptor of streams.
 func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string,
 	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	m := c.method(cc, name)
+	m := c.method(cc, name).overridden(ctx, opts)
+	if m.timeout == 0 && m.guard == nil {
+		return m.open(ctx, desc, cc, name, streamer, opts...)
+	}
+	// What the stream holds it holds until its end, which may be that it does not open.
+	held := &holding{cancel: func() {}}
 	if m.timeout > 0 {
-		limited, cancel := context.WithTimeout(ctx, m.timeout)
-		// The deadline is the stream's, not this function's, unless it does not open.
-		opts = append(slices.Clip(opts), grpc.OnFinish(func(error) { cancel() }))
-		s, err := c.open(limited, m, desc, cc, name, streamer, opts...)
+		ctx, held.cancel = context.WithTimeout(ctx, m.timeout)
+	}
+	if m.guard != nil {
+		p, err := m.guard.enter(ctx)
 		if err != nil {
-			cancel()
+			held.cancel()
+			rpc.Finish(opts, err)
+			return nil, err
 		}
+		held.pass = p
+	}
+	opened := errAbandoned // in case of a panic below
+	defer func() {
+		if opened != nil {
+			held.end(opened)
+		}
+	}()
+	opts, watch := rpc.Watch(desc, opts, held.end)
+	s, err := m.open(ctx, desc, cc, name, streamer, opts...)
+	if opened = err; err != nil {
 		return s, err
 	}
-	return c.open(ctx, m, desc, cc, name, streamer, opts...)
+	return watch(s), nil
 }
 
-// open opens a stream within its deadline.
-func (c *Client) open(ctx context.Context, m *method, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string,
+// holding is what a stream holds until its end.
+type holding struct {
+	once   sync.Once // the end is told from several sides
+	pass   pass
+	cancel context.CancelFunc
+}
+
+func (h *holding) end(err error) {
+	h.once.Do(func() {
+		h.pass.leaveStream(err)
+		h.cancel()
+	})
+}
+
+// open opens a stream that has been let in.
+func (m *method) open(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string,
 	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	if m.hedger != nil && desc.ServerStreams && !desc.ClientStreams {
-		return m.hedger.OpenStream(ctx, desc, cc, name, streamer, opts...)
+	if desc.ServerStreams && !desc.ClientStreams {
+		switch {
+		case m.hedger != nil:
+			return m.hedger.OpenStream(ctx, desc, cc, name, streamer, opts...)
+		case m.retrier != nil:
+			return m.retrier.OpenStream(ctx, desc, cc, name, streamer, opts...)
+		}
 	}
 	m.first()
 	if m.throttle != nil {
@@ -62,7 +133,7 @@ func (c *Client) open(ctx context.Context, m *method, desc *grpc.StreamDesc, cc 
 	return streamer(ctx, desc, cc, name, opts...)
 }
 
-// first deposits a call that is not hedged: extraLoad counts all first attempts
+// first deposits a call that makes one attempt: extraLoad counts all first attempts
 // of the target, whatever their method.
 func (m *method) first() {
 	if m.budget != nil {
@@ -70,10 +141,19 @@ func (m *method) first() {
 	}
 }
 
-// ended tells A6 throttling of a call that is not hedged. No code is retryable for
+// ended tells A6 throttling of a call that makes one attempt. No code is retryable for
 // such a method, so only its successes count.
 func (m *method) ended(err error) {
 	if m.throttle != nil && err == nil {
 		m.throttle.Success()
 	}
+}
+
+// refusal returns what the caller sees of a refusal.
+func refusal(err error) (codes.Code, string) {
+	var r *outcome.Refusal
+	if errors.As(err, &r) {
+		return r.Code, r.Reason
+	}
+	return codes.Unknown, ""
 }

@@ -6,14 +6,17 @@ import (
 	"log/slog"
 
 	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/retry"
 )
 
 // Option changes how a [Client] is built.
 type Option func(*options)
 
 type options struct {
-	log     *slog.Logger
-	reports func(context.Context, hedging.Report)
+	log            *slog.Logger
+	hedgeReports   func(context.Context, hedging.Report)
+	retryReports   func(context.Context, retry.Report)
+	refusalReports func(context.Context, Refusal)
 }
 
 func newOptions(opts []Option) options {
@@ -41,5 +44,22 @@ func WithLogger(l *slog.Logger) Option {
 // been done. f runs on the caller's goroutine, before the call returns; it must
 // be quick, safe for concurrent use, and must not keep the context.
 func WithHedgeReports(f func(context.Context, hedging.Report)) Option {
-	return func(o *options) { o.reports = f }
+	return func(o *options) { o.hedgeReports = f }
+}
+
+// WithRetryReports tells f about each call that a retryPolicy applies to, once it is
+// decided: how many attempts it took, how long it waited between them, and why there was
+// no further one. In mode shadow that is where to see what would have been done. As with
+// [WithHedgeReports], f must be quick, safe for concurrent use, and must not keep the
+// context.
+func WithRetryReports(f func(context.Context, retry.Report)) Option {
+	return func(o *options) { o.retryReports = f }
+}
+
+// WithRefusalReports tells f about each call that was refused before anything of it was
+// sent, by a circuit breaker, adaptive throttling, a rate limit or a bulkhead; and in mode
+// shadow about each that would have been. f must be quick, safe for concurrent use, and
+// must not keep the context.
+func WithRefusalReports(f func(context.Context, Refusal)) Option {
+	return func(o *options) { o.refusalReports = f }
 }

@@ -9,11 +9,14 @@ import (
 	"time"
 
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/serviceconfig"
 
+	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/hedging"
 	"github.com/bobtail-rpc/bobtail/loadbalance"
 	"github.com/bobtail-rpc/bobtail/retry"
+	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
 // Policy is a client's policy document, parsed and found good: a gRPC service
@@ -43,9 +46,17 @@ type entry struct {
 	idempotent bool
 	mode       mode
 	hedging    *hedging.Config
-	// readOnly limits hedging to methods without side effects, where a document
-	// would accept idempotent ones too. DefaultPolicy sets it.
-	readOnly bool
+	retry      *retry.Config
+	// byLevel chooses between the two by the method's idempotency_level, where a
+	// document would have to say: NO_SIDE_EFFECTS is hedged, IDEMPOTENT retried, and of
+	// methods of which nothing is known only those attempts that were never sent.
+	// DefaultPolicy sets it.
+	byLevel bool
+
+	breaker     *breaker.Config
+	throttling  *breaker.ThrottleConfig
+	rate        *shedding.RateLimitConfig
+	maxInFlight int // 0: no bound
 }
 
 type mode string
@@ -56,7 +67,7 @@ const (
 	modeOff    mode = "off"
 )
 
-// defaultDocument is DefaultPolicy, but for readOnly.
+// defaultDocument is DefaultPolicy, but for what defaultRetry adds.
 const defaultDocument = `{
   "loadBalancingConfig": [{"bobtail_p2c": {}}],
   "extraLoad": {"max": 0.05, "minPerSecond": 1, "window": "10s"},
@@ -65,22 +76,41 @@ const defaultDocument = `{
     "hedgingPolicy": {
       "maxAttempts": 2, "hedgingPercentile": 95,
       "nonFatalStatusCodes": ["UNAVAILABLE"]
-    }
+    },
+    "adaptiveThrottling": {"k": 2, "window": "120s"}
   }]
 }`
 
-// DefaultPolicy returns a policy that is safe for any service. Methods whose
-// proto option idempotency_level is NO_SIDE_EFFECTS are hedged at the 95th
-// percentile of their latency, by 2 attempts, within 5% of extra load (and 1 per
-// second, so that a quiet client can hedge too); all other methods make one
-// attempt. Backends are chosen by bobtail_p2c.
+// defaultRetry stands beside the hedging of defaultDocument, which in a document would
+// be a fault: which of the two a method gets, its idempotency_level says. The backoff
+// is that of the AWS SDKs' standard mode but for its cap: a caller who waits for more
+// than 2 s has gone.
+var defaultRetry = retry.Config{
+	MaxAttempts:    3,
+	Backoff:        retry.Backoff{Initial: 50 * time.Millisecond, Max: 2 * time.Second, Multiplier: 2},
+	RetryableCodes: []codes.Code{codes.Unavailable},
+}
+
+// DefaultPolicy returns a policy that is safe for any service.
+//
+//   - Methods whose proto option idempotency_level is NO_SIDE_EFFECTS are hedged at the
+//     95th percentile of their latency, by 2 attempts.
+//   - IDEMPOTENT ones are retried after UNAVAILABLE, up to 3 attempts, with a backoff
+//     of full jitter from 50 ms to 2 s.
+//   - All others are tried again only if an attempt provably never reached a server.
+//   - Extra attempts of all kinds together are at most 5% of the calls (and 1 per
+//     second, so that a quiet client can hedge too).
+//   - Adaptive throttling refuses calls while a server fails more than half of a
+//     method's, over two minutes.
+//   - Backends are chosen by bobtail_p2c.
 func DefaultPolicy() Policy {
 	p, err := ParsePolicy([]byte(defaultDocument))
 	if err != nil {
 		panic(err) // cannot be: a test parses it
 	}
 	for i := range p.entries {
-		p.entries[i].readOnly = true
+		p.entries[i].retry = &defaultRetry
+		p.entries[i].byLevel = true
 	}
 	return p
 }
@@ -203,52 +233,6 @@ func (r *reader) mode(absent mode) mode {
 	return absent
 }
 
-func (r *reader) throttling() *retry.ThrottleConfig {
-	defer r.end()
-	var c retry.ThrottleConfig
-	var ok1, ok2 bool
-	c.MaxTokens, ok1 = r.number("maxTokens", "(0, 1000]", func(v float64) bool { return v > 0 && v <= 1000 })
-	c.TokenRatio, ok2 = r.number("tokenRatio", "at least 0.001", func(v float64) bool { return v >= 0.001 })
-	r.need("maxTokens", "tokenRatio")
-	if !ok1 || !ok2 {
-		return nil
-	}
-	if _, err := retry.NewThrottle(c); err != nil {
-		r.fault("", "%w", err) // finer than it can count
-		return nil
-	}
-	return &c
-}
-
-func (r *reader) extraLoad() *retry.BudgetConfig {
-	defer r.end()
-	var c retry.BudgetConfig
-	var ok bool
-	c.Max, ok = r.number("max", "[0.000001, 1]", func(v float64) bool { return v >= 1e-6 && v <= 1 })
-	c.MinPerSecond, _ = r.number("minPerSecond", "[0, 1000000]", func(v float64) bool { return v >= 0 && v <= 1e6 })
-	c.Window, _ = r.duration("window", "[0.010s, 3600s]", func(d time.Duration) bool {
-		return d >= 10*time.Millisecond && d <= time.Hour
-	})
-	r.need("max")
-	if !ok {
-		return nil
-	}
-	if _, err := retry.NewBudget(c, time.Time{}); err != nil {
-		r.fault("", "%w", err) // finer than it can count
-		return nil
-	}
-	return &c
-}
-
-// need records required keys that are missing.
-func (r *reader) need(keys ...string) {
-	for _, k := range keys {
-		if !r.has(k) {
-			r.fault(k, "missing")
-		}
-	}
-}
-
 // entry reads one element of methodConfig and returns what grpc is to have of it:
 // its names and the keys handed down, nil if it has no name.
 func (p *Policy) entry(r *reader, above mode) map[string]json.RawMessage {
@@ -266,7 +250,20 @@ func (p *Policy) entry(r *reader, above mode) map[string]json.RawMessage {
 	if h := r.object("hedgingPolicy"); h != nil {
 		e.hedging = h.hedging()
 	}
-	r.notYet("retryPolicy", "circuitBreaker", "adaptiveThrottling", "rateLimit", "maxInFlight")
+	if t := r.object("retryPolicy"); t != nil {
+		e.retry = t.retrying()
+	}
+	if b := r.object("circuitBreaker"); b != nil {
+		e.breaker = b.breaking()
+	}
+	if t := r.object("adaptiveThrottling"); t != nil {
+		e.throttling = t.adaptive()
+	}
+	if l := r.object("rateLimit"); l != nil {
+		e.rate = l.limiting()
+	}
+	n, _ := r.number("maxInFlight", "an integer in [1, 1000000]", whole(1, 1e6))
+	e.maxInFlight = int(n)
 
 	handed := map[string]json.RawMessage{}
 	if _, ok := r.boolean("waitForReady"); ok {
@@ -309,44 +306,6 @@ func (p *Policy) name(r *reader) {
 		return
 	}
 	p.names[path] = len(p.entries)
-}
-
-func (r *reader) hedging() *hedging.Config {
-	defer r.end()
-	before := len(r.d.faults)
-	var c hedging.Config
-	n, _ := r.number("maxAttempts", "an integer of at least 2", func(v float64) bool {
-		return v >= 2 && v == math.Trunc(v)
-	})
-	r.need("maxAttempts")
-	c.MaxAttempts = int(min(n, hedging.MaxAttemptsCap))
-	c.Delay, _ = r.duration("hedgingDelay", "at least 0s", atLeast0)
-	c.NonFatalCodes = r.codes("nonFatalStatusCodes")
-	c.Percentile, _ = r.number("hedgingPercentile", "(0, 100)", func(v float64) bool { return v > 0 && v < 100 })
-	var hasMin, hasMax bool
-	c.MinDelay, hasMin = r.duration("minHedgingDelay", "more than 0s", above0)
-	c.MaxDelay, hasMax = r.duration("maxHedgingDelay", "more than 0s", above0)
-	if !r.has("hedgingPercentile") {
-		if hasMin {
-			r.fault("minHedgingDelay", "bounds an adaptive delay, want hedgingPercentile beside it")
-		}
-		if hasMax {
-			r.fault("maxHedgingDelay", "bounds an adaptive delay, want hedgingPercentile beside it")
-		}
-	}
-	if floor := max(c.MinDelay, 0); hasMax && floor == 0 && c.MaxDelay < hedging.DefaultMinDelay {
-		r.fault("maxHedgingDelay", "%v, want at least the default minHedgingDelay %v", c.MaxDelay, hedging.DefaultMinDelay)
-	} else if hasMax && c.MaxDelay < floor {
-		r.fault("maxHedgingDelay", "%v, want at least minHedgingDelay %v", c.MaxDelay, floor)
-	}
-	if tied, ok := r.boolean("tied"); ok && tied {
-		r.fault("tied", "%w", ErrNotSupported)
-	}
-	r.notYet("tieDelay")
-	if len(r.d.faults) > before {
-		return nil
-	}
-	return &c
 }
 
 func mustJSON(v any) json.RawMessage {

@@ -12,8 +12,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 
+	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/hedging"
 	"github.com/bobtail-rpc/bobtail/retry"
+	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
 // broken are documents and the exact errors that a user reads of them. They are
@@ -88,12 +90,67 @@ var broken = []struct{ name, text, want string }{
 		`methodConfig[0].hedgingPolicy.maxHedgingDelay: 100ms, want at least minHedgingDelay 200ms`},
 	{"a cap below the default floor", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "hedgingPercentile": 95, "maxHedgingDelay": "0.0005s"}}]}`,
 		`methodConfig[0].hedgingPolicy.maxHedgingDelay: 500µs, want at least the default minHedgingDelay 1ms`},
-	{"retry beside hedging", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2}, "retryPolicy": {}}]}`,
-		"methodConfig[0]: retryPolicy and hedgingPolicy together, want one of them\nmethodConfig[0].retryPolicy: not supported yet"},
-	{"what later versions build", `{"methodConfig": [{"circuitBreaker": {}, "adaptiveThrottling": {}, "rateLimit": {}, "maxInFlight": 1, "hedgingPolicy": {"maxAttempts": 2, "tied": true, "tieDelay": "1s"}}]}`,
-		"methodConfig[0].hedgingPolicy.tied: not supported yet\nmethodConfig[0].hedgingPolicy.tieDelay: not supported yet\n" +
-			"methodConfig[0].circuitBreaker: not supported yet\nmethodConfig[0].adaptiveThrottling: not supported yet\n" +
-			"methodConfig[0].rateLimit: not supported yet\nmethodConfig[0].maxInFlight: not supported yet"},
+	{"retry beside hedging", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2}, "retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`,
+		`methodConfig[0]: retryPolicy and hedgingPolicy together, want one of them`},
+	{"a retryPolicy of nothing", `{"methodConfig": [{"retryPolicy": {}}]}`,
+		"methodConfig[0].retryPolicy.maxAttempts: missing\n" +
+			"methodConfig[0].retryPolicy.initialBackoff: missing\n" +
+			"methodConfig[0].retryPolicy.maxBackoff: missing\n" +
+			"methodConfig[0].retryPolicy.backoffMultiplier: missing\n" +
+			"methodConfig[0].retryPolicy.retryableStatusCodes: missing"},
+	{"retry maxAttempts", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 1, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`,
+		`methodConfig[0].retryPolicy.maxAttempts: 1, want an integer of at least 2`},
+	{"retry initialBackoff", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`,
+		`methodConfig[0].retryPolicy.initialBackoff: "0s", want more than 0s`},
+	{"retry maxBackoff", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "-1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`,
+		`methodConfig[0].retryPolicy.maxBackoff: "-1s", want more than 0s`},
+	{"retry backoffMultiplier", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 0, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`,
+		`methodConfig[0].retryPolicy.backoffMultiplier: 0, want more than 0`},
+	{"no retryable code", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": []}}]}`,
+		`methodConfig[0].retryPolicy.retryableStatusCodes: empty, want at least one code, or perAttemptTimeout beside it`},
+	{"OK is retryable", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["OK"]}}]}`,
+		`methodConfig[0].retryPolicy.retryableStatusCodes[0]: OK, want a code of a failure`},
+	{"jitter", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"], "jitter": "fulll"}}]}`,
+		`methodConfig[0].retryPolicy.jitter: "fulll", want "full", "equal", "decorrelated" or "grpc"`},
+	{"perAttemptTimeout", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"], "perAttemptTimeout": "0s"}}]}`,
+		`methodConfig[0].retryPolicy.perAttemptTimeout: "0s", want more than 0s`},
+	{"perAttemptTimeout under both its names", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"], "perAttemptTimeout": "1s", "perAttemptRecvTimeout": "1s"}}]}`,
+		`methodConfig[0].retryPolicy.perAttemptRecvTimeout: another name of perAttemptTimeout, want one of them`},
+	{"a misspelt key of retryPolicy", `{"methodConfig": [{"retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"], "maxAttemps": 3}}]}`,
+		`methodConfig[0].retryPolicy.maxAttemps: unknown key, did you mean "maxAttempts"?`},
+	{"failureRatio", `{"methodConfig": [{"circuitBreaker": {"failureRatio": 50}}]}`,
+		`methodConfig[0].circuitBreaker.failureRatio: 50, want (0, 1]`},
+	{"minimumCalls", `{"methodConfig": [{"circuitBreaker": {"minimumCalls": 0}}]}`,
+		`methodConfig[0].circuitBreaker.minimumCalls: 0, want an integer in [1, 1000000]`},
+	{"window of a breaker", `{"methodConfig": [{"circuitBreaker": {"window": "0.01s"}}]}`,
+		`methodConfig[0].circuitBreaker.window: "0.01s", want [0.1s, 3600s]`},
+	{"openFor", `{"methodConfig": [{"circuitBreaker": {"openFor": "2h"}}]}`,
+		`methodConfig[0].circuitBreaker.openFor: "2h", want a duration in seconds such as "0.250s"`},
+	{"openFor too short", `{"methodConfig": [{"circuitBreaker": {"openFor": "0s"}}]}`,
+		`methodConfig[0].circuitBreaker.openFor: "0s", want [0.01s, 3600s]`},
+	{"slowCallRatio of nothing", `{"methodConfig": [{"circuitBreaker": {"slowCallRatio": 0.5}}]}`,
+		`methodConfig[0].circuitBreaker.slowCallRatio: of calls slower than what? want slowCallDuration beside it`},
+	{"slowCallDuration", `{"methodConfig": [{"circuitBreaker": {"slowCallDuration": "0s", "slowCallRatio": 2}}]}`,
+		"methodConfig[0].circuitBreaker.slowCallDuration: \"0s\", want more than 0s\n" +
+			"methodConfig[0].circuitBreaker.slowCallRatio: 2, want (0, 1]"},
+	{"a breaker that is a number", `{"methodConfig": [{"circuitBreaker": 5}]}`,
+		`methodConfig[0].circuitBreaker: number 5, want an object`},
+	{"k", `{"methodConfig": [{"adaptiveThrottling": {"k": 1}}]}`,
+		`methodConfig[0].adaptiveThrottling.k: 1, want [1.1, 100]`},
+	{"window of a throttle", `{"methodConfig": [{"adaptiveThrottling": {"window": "0.5s"}}]}`,
+		`methodConfig[0].adaptiveThrottling.window: "0.5s", want [1s, 3600s]`},
+	{"a rate limit without a rate", `{"methodConfig": [{"rateLimit": {"burst": 5}}]}`,
+		`methodConfig[0].rateLimit.perSecond: missing`},
+	{"perSecond and burst", `{"methodConfig": [{"rateLimit": {"perSecond": 0, "burst": 1.5}}]}`,
+		"methodConfig[0].rateLimit.perSecond: 0, want (0, 1000000000]\n" +
+			"methodConfig[0].rateLimit.burst: 1.5, want an integer in [1, 1000000000]"},
+	{"maxInFlight", `{"methodConfig": [{"maxInFlight": 0}]}`,
+		`methodConfig[0].maxInFlight: 0, want an integer in [1, 1000000]`},
+	{"maxInFlight as an object", `{"methodConfig": [{"maxInFlight": {}}]}`,
+		`methodConfig[0].maxInFlight: an object, want an integer in [1, 1000000]`},
+	{"what later versions build", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "tied": true, "tieDelay": "1s"}}]}`,
+		"methodConfig[0].hedgingPolicy.tied: not supported yet\n" +
+			"methodConfig[0].hedgingPolicy.tieDelay: not supported yet"},
 	{"what grpc is handed", `{"methodConfig": [{"waitForReady": "yes", "maxRequestMessageBytes": -1}]}`,
 		"methodConfig[0].waitForReady: \"yes\", want true or false\nmethodConfig[0].maxRequestMessageBytes: -1, want an integer in [0, 2^53]"},
 	{"a format in a key", `{"a%d%s": 1}`, `a%d%s: unknown key, want one of loadBalancingPolicy, loadBalancingConfig, retryThrottling, extraLoad, mode, healthCheckConfig, methodConfig`},
@@ -145,9 +202,19 @@ const good = `{
     "maxRequestMessageBytes": "4096"
   }, {
     "name": [{"service": "kv.KV"}],
-    "timeout": "1s"
+    "timeout": "1s",
+    "retryPolicy": {
+      "maxAttempts": 4, "initialBackoff": "0.05s", "maxBackoff": "2s", "backoffMultiplier": 1.5,
+      "retryableStatusCodes": ["UNAVAILABLE"], "jitter": "equal", "perAttemptTimeout": "0.1s"
+    },
+    "circuitBreaker": {"failureRatio": 0.25, "minimumCalls": 10, "window": "20s", "openFor": "3s",
+                       "slowCallDuration": "1s", "slowCallRatio": 0.75},
+    "adaptiveThrottling": {"k": 1.5, "window": "60s"},
+    "rateLimit": {"perSecond": 1000, "burst": 100},
+    "maxInFlight": 200
   }, {
-    "name": [{}]
+    "name": [{}],
+    "circuitBreaker": {}
   }]
 }`
 
@@ -164,7 +231,19 @@ func TestParsePolicy(t *testing.T) {
 				MinDelay: 2 * time.Millisecond, MaxDelay: 100 * time.Millisecond,
 				NonFatalCodes: []codes.Code{codes.Unavailable, codes.Aborted},
 			},
-		}, {timeout: time.Second, mode: modeShadow}, {mode: modeShadow}},
+		}, {
+			timeout: time.Second, mode: modeShadow,
+			retry: &retry.Config{
+				MaxAttempts:    4,
+				Backoff:        retry.Backoff{Initial: 50 * time.Millisecond, Max: 2 * time.Second, Multiplier: 1.5, Jitter: retry.EqualJitter},
+				RetryableCodes: []codes.Code{codes.Unavailable}, AttemptTimeout: 100 * time.Millisecond,
+			},
+			breaker: &breaker.Config{FailureRatio: 0.25, MinimumCalls: 10, Window: 20 * time.Second, OpenFor: 3 * time.Second,
+				SlowCallDuration: time.Second, SlowCallRatio: 0.75},
+			throttling:  &breaker.ThrottleConfig{K: 1.5, Window: time.Minute},
+			rate:        &shedding.RateLimitConfig{PerSecond: 1000, Burst: 100},
+			maxInFlight: 200,
+		}, {mode: modeShadow, breaker: &breaker.Config{}}},
 		names:       map[string]int{"/kv.KV/Get": 0, "/kv.KV/Scan": 0, "/kv.KV/": 1, "": 2},
 		throttle:    &retry.ThrottleConfig{MaxTokens: 100, TokenRatio: 0.1},
 		extraLoad:   &retry.BudgetConfig{Max: 0.05, MinPerSecond: 2, Window: 5 * time.Second},
@@ -230,6 +309,11 @@ func TestForeignServiceConfig(t *testing.T) {
 	  "methodConfig": [{
 	    "name": [{"service": "helloworld.Greeter", "method": "SayHello"}],
 	    "hedgingPolicy": {"maxAttempts": 3.0, "hedgingDelay": "0.2s", "nonFatalStatusCodes": ["UNAVAILABLE", "INTERNAL", 10]}
+	  }, {
+	    "name": [{"service": "helloworld.Greeter"}, {"service": "grpc.examples.echo.Echo"}],
+	    "retryPolicy": {"maxAttempts": 5.0, "initialBackoff": "0.5s", "maxBackoff": "30s", "backoffMultiplier": 2.0,
+	      "retryableStatusCodes": ["UNAVAILABLE", 4], "perAttemptRecvTimeout": "1s"},
+	    "waitForReady": true
 	  }],
 	  "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1}
 	}`))

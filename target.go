@@ -1,6 +1,7 @@
 package bobtail
 
 import (
+	"errors"
 	"maps"
 	"sync"
 	"sync/atomic"
@@ -11,8 +12,10 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
 
+	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/hedging"
 	"github.com/bobtail-rpc/bobtail/retry"
+	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
 const (
@@ -30,7 +33,7 @@ type target struct {
 	table atomic.Pointer[table]
 
 	mu       sync.Mutex // guards the rest and serialises the writers of table
-	learned  map[string]*hedging.Hedger
+	kept     map[string]*kept
 	budget   *retry.Budget
 	budgetOf retry.BudgetConfig
 	throttle *retry.Throttle
@@ -43,11 +46,29 @@ type table struct {
 	methods map[string]*method
 }
 
+// kept is what one method has learned, and outlives the policy that it was learned
+// under: what another policy leaves unchanged goes on where it was.
+type kept struct {
+	hedger  *hedging.Hedger
+	retrier *retry.Retrier
+
+	breaker    *breaker.Breaker
+	breakerOf  *breaker.Config
+	throttle   *breaker.Throttle
+	throttleOf breaker.ThrottleConfig
+	rate       *shedding.RateLimit
+	rateOf     shedding.RateLimitConfig
+	bulkhead   *shedding.Bulkhead
+	bulkheadOf int
+}
+
 // method is what the policy in force does to the calls of one method of one
 // target. It does not change.
 type method struct {
 	timeout  time.Duration
+	guard    *guard          // nil: nothing may refuse a call
 	hedger   *hedging.Hedger // nil: not hedged
+	retrier  *retry.Retrier  // nil: not retried
 	budget   *retry.Budget   // nil: no extraLoad
 	throttle *retry.Throttle // nil: no retryThrottling
 }
@@ -69,7 +90,7 @@ func (c *Client) target(cc *grpc.ClientConn) *target {
 	if t := old[name]; t != nil {
 		return t
 	}
-	t := &target{learned: map[string]*hedging.Hedger{}}
+	t := &target{kept: map[string]*kept{}}
 	t.table.Store(&table{})
 	grown := maps.Clone(old)
 	grown[name] = t
@@ -101,7 +122,7 @@ func (c *Client) learn(t *target, name string) *method {
 			t.mu.Unlock()
 			// The document was checked against the same bounds, so this is a bug of
 			// ours: no extra attempts rather than unbounded ones.
-			c.log.Error("bobtail: not hedged", "error", err)
+			c.log.Error("bobtail: the policy is not in force", "error", err)
 			return &method{}
 		}
 		tab = &table{policy: p}
@@ -149,7 +170,8 @@ func (t *target) fund(p *Policy) error {
 }
 
 // compile returns what p means for a method; skipped is set if it would be hedged
-// but for want of consent.
+// but for want of consent. Beyond the bound on methods there is no room for what would
+// have to be learned.
 func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *method, skipped bool) {
 	m = &method{}
 	if p.extraLoad != nil {
@@ -163,15 +185,53 @@ func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *metho
 		return m, false
 	}
 	m.timeout = e.timeout
-	if e.hedging == nil || e.mode == modeOff || !room {
+	if e.mode == modeOff || !room {
 		return m, false
 	}
-	if !e.consents(name, named) {
-		return m, !e.readOnly
+	k := t.kept[name]
+	if k == nil {
+		k = &kept{}
+		if len(t.kept) < maxMethods {
+			t.kept[name] = k
+		}
 	}
-	cfg := *e.hedging
-	cfg.Shadow = e.mode == modeShadow
-	cfg.Report = c.reports
+	hedge, retries, skipped := e.extra(name, named)
+	errs := errors.Join(k.guard(c, m, e, name), k.hedge(c, m, hedge, e.mode), k.retry(c, m, retries, e.mode))
+	if errs != nil {
+		// The document was checked against the same bounds, so this is a bug of
+		// ours; the caller's call must not pay for it.
+		c.log.Error("bobtail: part of the policy is not in force", "method", name, "error", errs)
+	}
+	return m, skipped
+}
+
+// extra returns how the entry makes extra attempts for a method, if it does; skipped is
+// set if it would hedge but for want of consent.
+func (e *entry) extra(name string, named bool) (hedge *hedging.Config, retries *retry.Config, skipped bool) {
+	if !e.byLevel {
+		if e.hedging != nil && !e.consents(name, named) {
+			return nil, nil, true
+		}
+		return e.hedging, e.retry, false
+	}
+	switch idempotency(name) {
+	case descriptorpb.MethodOptions_NO_SIDE_EFFECTS:
+		return e.hedging, nil, false
+	case descriptorpb.MethodOptions_IDEMPOTENT:
+		return nil, e.retry, false
+	}
+	unsent := *e.retry
+	unsent.UnsentOnly = true
+	return nil, &unsent, false
+}
+
+func (k *kept) hedge(c *Client, m *method, of *hedging.Config, in mode) (err error) {
+	if of == nil {
+		return nil
+	}
+	cfg := *of
+	cfg.Shadow = in == modeShadow
+	cfg.Report = c.hedgeReports
 	// An interface that holds a nil pointer is not nil: leave it unset.
 	if m.budget != nil {
 		cfg.Budget = m.budget
@@ -179,34 +239,41 @@ func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *metho
 	if m.throttle != nil {
 		cfg.Throttle = m.throttle
 	}
-	var err error
-	if h := t.learned[name]; h != nil {
-		m.hedger, err = h.With(cfg)
+	if k.hedger != nil {
+		m.hedger, err = k.hedger.With(cfg)
 	} else {
 		m.hedger, err = hedging.New(cfg)
 	}
-	if err != nil {
-		// The document was checked against the same bounds, so this is a bug of
-		// ours; the caller's call must not pay for it.
-		c.log.Error("bobtail: not hedged", "method", name, "error", err)
-		m.hedger = nil
-		return m, false
+	if err == nil {
+		k.hedger = m.hedger
 	}
-	if len(t.learned) < maxMethods {
-		t.learned[name] = m.hedger
+	return err
+}
+
+func (k *kept) retry(c *Client, m *method, of *retry.Config, in mode) (err error) {
+	if of == nil {
+		return nil
 	}
-	return m, false
+	cfg := *of
+	cfg.Shadow = in == modeShadow
+	cfg.Report = c.retryReports
+	cfg.Budget, cfg.Throttle = m.budget, m.throttle
+	if k.retrier != nil {
+		m.retrier, err = k.retrier.With(cfg)
+	} else {
+		m.retrier, err = retry.New(cfg)
+	}
+	if err == nil {
+		k.retrier = m.retrier
+	}
+	return err
 }
 
 // consents reports whether somebody who knows the method has said that it may be
 // executed more than once: the author of an entry that names it in full, or says
 // "idempotent", or the author of its proto.
 func (e *entry) consents(method string, named bool) bool {
-	level := idempotency(method)
-	if e.readOnly {
-		return level == descriptorpb.MethodOptions_NO_SIDE_EFFECTS
-	}
-	return named || e.idempotent || level != descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
+	return named || e.idempotent || idempotency(method) != descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
 }
 
 // idempotency looks a "/service/method" up among the linked descriptors.

@@ -1,0 +1,208 @@
+package bobtail
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"reflect"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/bobtail-rpc/bobtail/breaker"
+	"github.com/bobtail-rpc/bobtail/internal/outcome"
+	"github.com/bobtail-rpc/bobtail/shedding"
+)
+
+// guard is all that may refuse a call of one method before anything of it is sent:
+// nil parts refuse nothing.
+type guard struct {
+	method   string
+	shadow   bool // refuse nobody, tell whom it would have been
+	bulkhead *shedding.Bulkhead
+	rate     *shedding.RateLimit
+	throttle *breaker.Throttle
+	breaker  *breaker.Breaker
+	report   func(context.Context, Refusal)
+}
+
+// Refusal is a call that was refused before anything of it was sent.
+type Refusal struct {
+	// Method is the full method name.
+	Method string
+	// Code and Reason are those that the caller sees, in the status and in its
+	// google.rpc.ErrorInfo: BREAKER_OPEN, THROTTLED, RATE_LIMITED or BULKHEAD_FULL.
+	Code   codes.Code
+	Reason string
+	// Shadow says that in mode shadow the call was let through all the same.
+	Shadow bool
+	// Err is the error of the call.
+	Err error
+}
+
+// pass is what a call holds that the guard has let in. It is given back by leave.
+type pass struct {
+	guard   *guard
+	permit  breaker.Permit
+	counted bool // by the throttle
+	held    bool // a place of the bulkhead
+	asked   bool // permit is the breaker's
+}
+
+// enter lets a call in, or returns the error to refuse it with. The order is that of
+// their costs: a place in the bulkhead bounds those who wait for their turn, too, and
+// nobody waits for a turn that the bulkhead would then refuse.
+func (g *guard) enter(ctx context.Context) (p pass, err error) {
+	p.guard = g
+	if g.bulkhead != nil {
+		if err := g.bulkhead.Enter(); err == nil {
+			p.held = true
+		} else if err := g.refuse(ctx, err); err != nil {
+			return p, err
+		}
+	}
+	if g.rate != nil {
+		if err := g.turn(ctx); err != nil {
+			p.leave(err)
+			return pass{}, err
+		}
+	}
+	if g.throttle != nil {
+		if err := g.throttle.Admit(time.Now(), rand.Float64()); err == nil {
+			p.counted = true
+		} else if err := g.refuse(ctx, err); err != nil {
+			p.leave(err)
+			return pass{}, err
+		}
+	}
+	if g.breaker != nil {
+		permit, err := g.breaker.Admit()
+		if err == nil {
+			p.permit, p.asked = permit, true
+		} else if err := g.refuse(ctx, err); err != nil {
+			p.leave(err)
+			return pass{}, err
+		}
+	}
+	return p, nil
+}
+
+// turn waits for the rate limit.
+func (g *guard) turn(ctx context.Context) error {
+	decide := g.rate.Wait
+	if g.shadow {
+		decide = func(ctx context.Context) error {
+			_, err := g.rate.Shadow(ctx)
+			return err
+		}
+	}
+	err := decide(ctx)
+	if outcome.IsRefusal(err) {
+		return g.refuse(ctx, err)
+	}
+	return err // the caller's own end, if any
+}
+
+// refuse returns the error of a refused call: nil in mode shadow, which only tells.
+func (g *guard) refuse(ctx context.Context, err error) error {
+	if g.report != nil {
+		code, reason := refusal(err)
+		g.report(ctx, Refusal{Method: g.method, Code: code, Reason: reason, Shadow: g.shadow, Err: err})
+	}
+	if g.shadow {
+		return nil
+	}
+	return err
+}
+
+// leave gives back what the call held, and tells whoever let it in how it ended: an
+// error that is a refusal counts for nobody.
+func (p *pass) leave(err error) {
+	if p.held {
+		p.guard.bulkhead.Leave()
+	}
+	if p.counted {
+		p.guard.throttle.Record(time.Now(), err)
+	}
+	if p.asked {
+		p.permit.Done(err)
+	}
+}
+
+// leaveStream is leave for a stream, whose length is no latency.
+func (p *pass) leaveStream(err error) {
+	if p.asked {
+		p.permit.DoneStream(err)
+		p.asked = false
+	}
+	p.leave(err)
+}
+
+// guard makes the guard that an entry wants for a method, of the parts that are kept
+// where the entry has not changed them. The parts that it no longer wants are kept as
+// well: a policy that is switched off and on again goes on where it was.
+func (k *kept) guard(c *Client, m *method, e *entry, name string) error {
+	if e.breaker == nil && e.throttling == nil && e.rate == nil && e.maxInFlight == 0 {
+		return nil
+	}
+	g := &guard{method: name, shadow: e.mode == modeShadow, report: c.refusalReports}
+	if e.maxInFlight > 0 {
+		if k.bulkhead == nil || k.bulkheadOf != e.maxInFlight {
+			b, err := shedding.NewBulkhead(e.maxInFlight, name)
+			if err != nil {
+				return err
+			}
+			k.bulkhead, k.bulkheadOf = b, e.maxInFlight
+		}
+		g.bulkhead = k.bulkhead
+	}
+	if e.rate != nil {
+		if k.rate == nil || k.rateOf != *e.rate {
+			cfg := *e.rate
+			cfg.Method = name
+			r, err := shedding.NewRateLimit(cfg)
+			if err != nil {
+				return err
+			}
+			k.rate, k.rateOf = r, *e.rate
+		}
+		g.rate = k.rate
+	}
+	if e.throttling != nil {
+		if k.throttle == nil || k.throttleOf != *e.throttling {
+			cfg := *e.throttling
+			cfg.Method = name
+			t, err := breaker.NewThrottle(cfg, time.Now())
+			if err != nil {
+				return err
+			}
+			k.throttle, k.throttleOf = t, *e.throttling
+		}
+		g.throttle = k.throttle
+	}
+	if e.breaker != nil {
+		// Not comparable, for it holds a function, which is nil in every document.
+		if k.breaker == nil || !reflect.DeepEqual(k.breakerOf, e.breaker) {
+			cfg := *e.breaker
+			cfg.Method = name
+			cfg.OnStateChange = c.breakerChanged
+			b, err := breaker.New(cfg)
+			if err != nil {
+				return err
+			}
+			k.breaker, k.breakerOf = b, e.breaker
+		}
+		g.breaker = k.breaker
+	}
+	m.guard = g
+	return nil
+}
+
+// breakerChanged logs what an operator wants to have been told.
+func (c *Client) breakerChanged(ch breaker.Change) {
+	level := slog.LevelInfo
+	if ch.To == breaker.Open {
+		level = slog.LevelWarn
+	}
+	c.log.Log(context.Background(), level, "bobtail: circuit breaker "+ch.To.String(), "method", ch.Method, "from", ch.From.String())
+}
