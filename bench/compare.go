@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"slices"
@@ -10,11 +9,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/bobtail-rpc/bobtail/bench/clock"
-	"github.com/bobtail-rpc/bobtail/bench/experiment"
-	"github.com/bobtail-rpc/bobtail/bench/fleet"
-	"github.com/bobtail-rpc/bobtail/bench/load"
-	"github.com/bobtail-rpc/bobtail/bench/report"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
 )
 
@@ -53,7 +47,7 @@ func newCompare() *cobra.Command {
 	f.StringVar(&s.arrivals, "arrivals", "", "`poisson` or uniform (default: the scenario's)")
 	f.DurationVar(&s.duration, "duration", 0, "how long each policy is measured, instead of --calls")
 	f.IntVar(&s.calls, "calls", 0, "how many `requests` each policy is measured with (default: the scenario's)")
-	f.DurationVar(&s.block, "block", 500*time.Millisecond, "the length of a policy's turn")
+	f.DurationVar(&s.block, "block", 500*time.Millisecond, "the length of a policy's turn, or of a step of the timeline")
 	f.DurationVar(&s.warmup, "warmup", time.Second, "how much of each policy's time is dropped before measuring, in whole blocks")
 	f.DurationVar(&s.timeout, "timeout", 0, "what ends a request (default: the scenario's)")
 	f.Uint64Var(&s.seed, "seed", 1, "fixes arrivals and service times")
@@ -181,67 +175,4 @@ func (s *settings) compare(cmd *cobra.Command) error {
 		return exitError{exitSaturated, fmt.Errorf("saturated: %s", strings.Join(why, "; "))}
 	}
 	return nil
-}
-
-// measure starts the backends, runs the experiment and ends them again.
-func (s *settings) measure(cmd *cobra.Command, sc *scenario.Scenario, policies []policy) (*report.Report, error) {
-	fleet.RelaxGC()
-	self, err := os.Executable()
-	if err != nil {
-		return nil, fmt.Errorf("find this program, to start the backends: %w", err)
-	}
-	f, err := fleet.Start(cmd.Context(), fleet.Config{
-		Scenario: sc, Seed: s.seed, Command: []string{self, "serve"}, Processes: s.children,
-	})
-	if err != nil {
-		return nil, interrupted(cmd.Context(), err)
-	}
-	defer f.Close()
-	clk, err := clock.New()
-	if err != nil {
-		return nil, err
-	}
-	defer clk.Close()
-
-	c := experiment.Config{
-		Scenario: sc, Seed: s.seed, Block: s.block, Warmup: s.warmup, Duration: s.duration, Sleep: clk.Sleep,
-	}
-	for _, p := range policies {
-		conn, err := f.Dial(append(p.opts, load.CountAttempts())...)
-		if err != nil {
-			return nil, fmt.Errorf("policy %s: %w", p.name, err)
-		}
-		defer conn.Close()
-		c.Arms = append(c.Arms, experiment.Arm{Name: p.name, Conn: conn})
-	}
-
-	bar := newProgress(cmd.ErrOrStderr(), sc.Name)
-	defer bar.close()
-	c.Progress = bar.update
-
-	ctx, cancel := context.WithCancelCause(cmd.Context())
-	defer cancel(nil)
-	go func() {
-		select {
-		case err := <-f.Died():
-			cancel(err)
-		case <-ctx.Done():
-		}
-	}()
-	r, err := experiment.Run(ctx, c)
-	if err != nil {
-		return nil, interrupted(cmd.Context(), err)
-	}
-	if cmd.Context().Err() == nil && ctx.Err() != nil {
-		return nil, context.Cause(ctx) // a backend died: its figures mean nothing
-	}
-	return r, nil
-}
-
-// interrupted gives the exit code of Ctrl-C to an error that it caused.
-func interrupted(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return exitError{code: exitInterrupted, err: err}
-	}
-	return err
 }

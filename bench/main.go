@@ -86,6 +86,7 @@ How to read the table:
                   policies overlap, the run does not tell which is better.
   mean            The average of the requests that succeeded.
   errors          Requests that failed, timed out or could not be sent.
+  goodput         Requests that succeeded, per second.
   attempts        Attempts sent per call: 1.05 is 5% more load on the backends.
   wasted          Attempts per call whose answer nobody used.
   p50 x, p99 x    Relative to the first policy: 0.25 is four times as fast.
@@ -97,6 +98,14 @@ are about this machine, not about the policies.
 
 The policies run in turns, in short blocks over the same arrivals and the same
 service times. The same seed gives the same ones again.
+
+Scenarios with faults that leave something behind (a queue, an open breaker) run
+all policies at the same time instead, each against backends of its own. Below the
+table then stand, before, in and after the faults, how many attempts a call took
+and what share of requests succeeded; how long after the last fault it took until
+95% did and went on doing so ("never": not within the run); and goodput over time.
+Requests and their attempts count where the request was meant to start. The
+scenario's time begins after the warm-up.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 98 saturated, 130 interrupted (what
 there is by then is printed). "go run" shows them and itself exits with 1.`

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,6 +48,19 @@ type document struct {
 		P999            *float64 `json:"p999_ms"`
 		AttemptsPerCall *float64 `json:"attempts_per_call"`
 		Goodput         *float64 `json:"goodput_per_s"`
+		Timeline        []struct {
+			T       float64 `json:"t_s"`
+			Offered float64 `json:"offered_per_s"`
+			Goodput float64 `json:"goodput_per_s"`
+			Errors  int
+		}
+		Faults *struct {
+			During struct {
+				AttemptsPerCall *float64 `json:"attempts_per_call"`
+				GoodputShare    *float64 `json:"goodput_share"`
+			}
+			RecoveredS *float64 `json:"recovered_s"`
+		}
 	}
 	Generator   struct{ Saturated bool }
 	Interrupted bool
@@ -111,10 +125,55 @@ func TestCompareFiles(t *testing.T) {
 	}
 }
 
+// Side by side on real servers: each policy meets the fault at the same time, with
+// backends of its own, whose one worker no other policy's calls keep busy.
+func TestCompareSideBySide(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "mine.json")
+	err := os.WriteFile(path, []byte(`{"name":"mine","description":"of mine","backends":1,"rate":50,"requests":100,"arrivals":"uniform",
+		"serviceTime":[{"constant":{"value":"12ms"}}],"sideBySide":true,"workers":1,"serveAbandoned":true,
+		"faults":[{"kind":"error","from":"400ms","for":"400ms"}]}`), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	code, out, errs := bench(t, "--scenario", path, "--policies", "none,retry-naive,p2c", "--block", "200ms", "--warmup", "200ms", "-O", "json")
+	d := decode(t, out)
+	if code != 0 && (code != exitSaturated || !d.Generator.Saturated) {
+		t.Fatalf("exit code %d: %s", code, errs)
+	}
+	for i, want := range []string{"none", "retry-naive", "p2c"} {
+		r := d.Runs[i]
+		if r.Policy != want || r.Calls != 100 || len(r.Timeline) != 10 || r.Timeline[0].T != 0 {
+			t.Errorf("run %d: %d calls of %s, timeline %+v, want 100 of %s in 10 bins from 0", i, r.Calls, r.Policy, r.Timeline, want)
+			continue
+		}
+		f := r.Faults
+		if f == nil || f.During.AttemptsPerCall == nil {
+			t.Errorf("%s: no figures of the fault", want)
+			continue
+		}
+		// 36 ms of work in 20 would grow a queue of seconds, were the backend shared.
+		if d.Generator.Saturated {
+			continue
+		}
+		if r.MeanMs == nil || want != "retry-naive" && *r.MeanMs > 200 {
+			t.Errorf("%s: a mean of %v ms, want little more than 12", want, r.MeanMs)
+		}
+		switch a := *f.During.AttemptsPerCall; {
+		case want == "retry-naive" && a < 2, want != "retry-naive" && (a != 1 || r.Errors == 0):
+			t.Errorf("%s: %v attempts per call in the fault, %d errors", want, a, r.Errors)
+		}
+	}
+}
+
 // Bad input: exit 2, the flag, the value and the bound.
 func TestUsage(t *testing.T) {
 	bad := filepath.Join(t.TempDir(), "bad.json")
 	if err := os.WriteFile(bad, []byte(`{"methodConfig":[{"name":[{}],"hedginPolicy":{}}]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	faulty := filepath.Join(t.TempDir(), "faulty.json")
+	if err := os.WriteFile(faulty, []byte(`{"name":"x","backends":1,"rate":1,"requests":1,"serviceTime":[{"constant":{"value":"1ms"}}],
+		"workers":1,"faults":[{"kind":"stall"},{"kind":"error","from":"10s","for":"5s","every":"14s"}]}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct {
@@ -134,9 +193,10 @@ func TestUsage(t *testing.T) {
 		{"--timeout 0s", []string{"--timeout 0s"}},
 		{"--arrivals bursts", []string{`--arrivals "bursts", want poisson or uniform`}},
 		{"-O xml", []string{`--output "xml", want table or json`}},
-		{"--scenario nonesuch", []string{"--scenario nonesuch", "stragglers, bigtable, healthy, slow-replica"}},
+		{"--scenario nonesuch", []string{"--scenario nonesuch", "stragglers, bigtable, blackhole, error-burst, healthy, metastable, outage, slow-replica"}},
 		{"--scenario nonesuch.json", []string{"nonesuch.json"}},
 		{"--scenario " + bad, []string{"--scenario", "$.methodConfig: unknown key", "$.name: missing"}},
+		{"--scenario " + faulty, []string{"--scenario", "$.faults[0].for: missing", "$.faults[1].every: 14s, want at least from + for, 15s", "$.workers: 1, want \"sideBySide\": true"}},
 		{"--policies nonesuch", []string{`--policies: no policy "nonesuch", want one of none, p2c`}},
 		{"--policies none,none", []string{"--policies: none is named twice"}},
 		{"--policies " + bad, []string{"--policies: policy bad", "hedginPolicy"}},
@@ -176,8 +236,15 @@ func TestListsAndHelp(t *testing.T) {
 	}
 }
 
-// Every policy that is listed can be had.
+// Every policy that is listed, or that a scenario names, can be had.
 func TestPolicies(t *testing.T) {
+	for _, name := range scenario.Names() {
+		for _, p := range named(t, name).Policies {
+			if !slices.Contains(policyNames(), p) {
+				t.Errorf("scenario %s: no policy %q", name, p)
+			}
+		}
+	}
 	for _, name := range policyNames() {
 		if p, err := findPolicy(name); err != nil || len(p.opts) == 0 {
 			t.Errorf("%s: %d options, %v", name, len(p.opts), err)
@@ -191,8 +258,8 @@ func TestInterrupt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
-		cmd := exec.Command(self, "--policies", "none", "--rate", "200", "--duration", "10m", "--block", "50ms", "--warmup", "0s", "-O", "json")
+	for scenario, sig := range map[string]os.Signal{"stragglers": os.Interrupt, "slow-replica": syscall.SIGTERM, "outage": os.Interrupt} {
+		cmd := exec.Command(self, "--scenario", scenario, "--policies", "none", "--rate", "200", "--duration", "10m", "--block", "50ms", "--warmup", "0s", "-O", "json")
 		cmd.Env = append(os.Environ(), "BENCH_TEST_MAIN=1", "BENCH_PROGRESS_EVERY=1ns")
 		var out bytes.Buffer
 		cmd.Stdout = &out
@@ -215,11 +282,11 @@ func TestInterrupt(t *testing.T) {
 		}
 		err = cmd.Wait()
 		if code := cmd.ProcessState.ExitCode(); code != exitInterrupted {
-			t.Errorf("%v: exit code %d (%v), want %d", sig, code, err, exitInterrupted)
+			t.Errorf("%s, %v: exit code %d (%v), want %d", scenario, sig, code, err, exitInterrupted)
 		}
 		d := decode(t, out.String())
 		if !d.Interrupted || d.Runs[0].Calls == 0 {
-			t.Errorf("%v: interrupted %v, %d calls", sig, d.Interrupted, d.Runs[0].Calls)
+			t.Errorf("%s, %v: interrupted %v, %d calls", scenario, sig, d.Interrupted, d.Runs[0].Calls)
 		}
 	}
 }

@@ -12,19 +12,46 @@ import (
 	"github.com/bobtail-rpc/bobtail"
 )
 
-// A policy is a name in the table and the dial options that make it so.
+// A policy is a name in the table and the dial options that make it so. Its state
+// (budgets, breakers, what it has learned) lives in the options: clients that are to
+// share none look it up each for itself.
 type policy struct {
 	name string
 	opts []grpc.DialOption
 }
 
+// options makes a policy's dial options.
+type options func() ([]grpc.DialOption, error)
+
 // builtin lists the policies that need no file, the yardstick first.
-var builtin = []struct{ name, shows string }{
-	{"none", "grpc's own round_robin and nothing else: the yardstick"},
-	{"p2c", "bobtail's balancer alone: the faster of two backends drawn at random"},
-	{"hedge-10ms", "a second attempt elsewhere once 10 ms have passed, for at most 5% of calls"},
-	{"hedge", "the same, after the time that 95% of calls need, as measured while running"},
+var builtin = []struct {
+	name, shows string
+	options     options
+}{
+	{"none", "grpc's own round_robin and nothing else: the yardstick", serviceConfig(noneConfig)},
+	{"p2c", "bobtail's balancer alone: the faster of two backends drawn at random", embedded("p2c")},
+	{"hedge-10ms", "a second attempt elsewhere once 10 ms have passed, for at most 5% of calls", embedded("hedge-10ms")},
+	{"hedge", "the same, after the time that 95% of calls need, as measured while running", embedded("hedge")},
+	{"retry", "up to 4 attempts of what is UNAVAILABLE, within 5% of extra load in any second", embedded("retry")},
+	{"retry-naive", "the same by grpc's own retry, with nothing that bounds the load", serviceConfig(naiveConfig)},
+	{"breaker", "a circuit breaker alone: calls fail here while most of them fail there", embedded("breaker")},
+	{"full", "what bobtail does by default", func() ([]grpc.DialOption, error) { return install(bobtail.DefaultPolicy()) }},
 }
+
+const noneConfig = `{"loadBalancingConfig":[{"round_robin":{}}]}`
+
+// naiveConfig has the backoff of policies/retry.json and no retryThrottling: what
+// the examples of gRPC's retry guide lead to.
+const naiveConfig = `{
+  "loadBalancingConfig": [{"round_robin": {}}],
+  "methodConfig": [{
+    "name": [{"service": "kv.KV", "method": "Get"}],
+    "retryPolicy": {
+      "maxAttempts": 4, "initialBackoff": "0.05s", "maxBackoff": "2s", "backoffMultiplier": 2,
+      "retryableStatusCodes": ["UNAVAILABLE"]
+    }
+  }]
+}`
 
 //go:embed policies/*.json
 var documents embed.FS
@@ -32,38 +59,60 @@ var documents embed.FS
 // findPolicy looks a policy up: a name of builtin, or a policy document *.json,
 // which then goes by its file's name.
 func findPolicy(name string) (policy, error) {
-	var doc []byte
-	var err error
-	switch base, isFile := strings.CutSuffix(filepath.Base(name), ".json"); {
-	case isFile:
-		doc, err = os.ReadFile(name)
-		name = base
-	case name == "none":
-		return policy{name, []grpc.DialOption{
-			grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"round_robin":{}}]}`),
-		}}, nil
-	default:
-		if !known(name) {
-			return policy{}, fmt.Errorf("no policy %q, want one of %s, or a policy document *.json", name, strings.Join(policyNames(), ", "))
+	if base, isFile := strings.CutSuffix(filepath.Base(name), ".json"); isFile {
+		doc, err := os.ReadFile(name)
+		if err != nil {
+			return policy{}, err
 		}
-		doc, err = documents.ReadFile("policies/" + name + ".json")
+		return newPolicy(base, parsed(doc))
 	}
-	if err != nil {
-		return policy{}, err
+	for _, p := range builtin {
+		if p.name == name {
+			return newPolicy(name, p.options)
+		}
 	}
-	opts, err := dialOptions(doc)
+	return policy{}, fmt.Errorf("no policy %q, want one of %s, or a policy document *.json", name, strings.Join(policyNames(), ", "))
+}
+
+func newPolicy(name string, o options) (policy, error) {
+	opts, err := o()
 	if err != nil {
 		return policy{}, fmt.Errorf("policy %s: %w", name, err)
 	}
 	return policy{name, opts}, nil
 }
 
-// dialOptions installs a policy document as any user of the library would.
-func dialOptions(doc []byte) ([]grpc.DialOption, error) {
-	p, err := bobtail.ParsePolicy(doc)
-	if err != nil {
-		return nil, err
+// serviceConfig is grpc alone.
+func serviceConfig(config string) options {
+	return func() ([]grpc.DialOption, error) {
+		return []grpc.DialOption{grpc.WithDefaultServiceConfig(config)}, nil
 	}
+}
+
+// embedded is the document policies/<name>.json.
+func embedded(name string) options {
+	return func() ([]grpc.DialOption, error) {
+		doc, err := documents.ReadFile("policies/" + name + ".json")
+		if err != nil {
+			return nil, err
+		}
+		return parsed(doc)()
+	}
+}
+
+// parsed is a policy document.
+func parsed(doc []byte) options {
+	return func() ([]grpc.DialOption, error) {
+		p, err := bobtail.ParsePolicy(doc)
+		if err != nil {
+			return nil, err
+		}
+		return install(p)
+	}
+}
+
+// install installs a policy as any user of the library would.
+func install(p bobtail.Policy) ([]grpc.DialOption, error) {
 	c, err := bobtail.NewClient(p)
 	if err != nil {
 		return nil, err
@@ -77,13 +126,4 @@ func policyNames() []string {
 		names = append(names, p.name)
 	}
 	return names
-}
-
-func known(name string) bool {
-	for _, p := range builtin {
-		if p.name == name {
-			return true
-		}
-	}
-	return false
 }

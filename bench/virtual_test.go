@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"fmt"
 	"math"
 	"os"
@@ -13,10 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/bobtail-rpc/bobtail/bench/fleet"
 	"github.com/bobtail-rpc/bobtail/bench/load"
-	"github.com/bobtail-rpc/bobtail/bench/scenario"
-	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
 
@@ -31,78 +27,41 @@ func (r tailOf) String() string {
 	return fmt.Sprintf("p50 %.3f  p99 %.2f  p99.9 %.2f ms, %.2f%% extra", r.p50, r.p99, r.p999, 100*r.extra)
 }
 
-// virtual runs a scenario's first calls against the whole gRPC stack over bufconn
-// in virtual time: only the policy's choices and the service times count, so the
-// figures are those of the policy and of no machine.
+// virtual runs a scenario's first calls under one policy.
 //
 // warm calls come first and count for extra only, as a comparison's warm-up.
 func virtual(t *testing.T, scenarioName, policyName string, seed uint64, warm, calls int) (r tailOf) {
 	t.Helper()
-	sc, err := scenario.Named(scenarioName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := findPolicy(policyName)
-	if err != nil {
-		t.Fatal(err)
-	}
+	sc := named(t, scenarioName)
 	synctest.Test(t, func(t *testing.T) {
-		var backends []*fleet.Backend
-		for i := range sc.Backends {
-			backends = append(backends, fleet.NewBackend(sc, seed, i, virtualSleep))
+		p, err := findPolicy(policyName)
+		if err != nil {
+			t.Fatal(err)
 		}
-		f := grpctest.NewFleet(t, sc.Backends, grpctest.Handlers{
-			Unary: func(ctx context.Context, b *grpctest.Backend, req *kvpb.Request) (*kvpb.Response, error) {
-				return backends[b.Index].Get(ctx, req)
-			},
-		})
-		cc := f.Dial(append(p.opts, load.CountAttempts())...)
+		cc := virtualFleet(t, sc, seed, nil).Dial(append(p.opts, load.CountAttempts())...)
 		cc.Connect()
 		time.Sleep(time.Second) // every backend is ready
 
-		calls := warm + calls
-		at := load.NewArrivals(seed, sc.Rate, sc.Arrivals).Next(time.Duration(2 * float64(calls) / sc.Rate * float64(time.Second)))[:calls]
-		took := make([]time.Duration, calls)
 		start := time.Now()
 		var attempts load.Attempts
 		caller := &load.Caller{Client: kvpb.NewKVClient(cc), Fanout: 1, Epoch: start, Attempts: &attempts}
-		g := &load.Generator{Sleep: virtualSleep, Timeout: time.Duration(sc.Timeout), MaxInFlight: calls}
-		g.Run(t.Context(), t.Context(), load.Block{
-			Start: start, At: at,
-			Send: func(ctx context.Context, id uint64) error {
-				err := caller.Send(ctx, id)
-				took[id] = time.Since(start.Add(at[id]))
-				return err
-			},
-			Record: func(_ time.Duration, err error) {
-				if err != nil {
-					t.Error(err)
-				}
-			},
-		})
-		g.Drain(t.Context())
-		if lag := g.Health().LagP99; lag != 0 {
-			t.Errorf("the generator lags by %v in virtual time", lag)
+		all := drive(t, sc, seed, start, warm+calls, caller.Send)
+		var took []time.Duration
+		for i, e := range all {
+			if e.err != nil {
+				t.Error(e.err)
+			}
+			if i >= warm {
+				took = append(took, e.end-e.at)
+			}
 		}
-		took = took[warm:]
 		slices.Sort(took)
 		r = tailOf{
 			p50: nearestRank(took, 0.5), p99: nearestRank(took, 0.99), p999: nearestRank(took, 0.999),
-			extra: float64(attempts.Sent())/float64(calls) - 1,
+			extra: float64(attempts.Sent())/float64(len(all)) - 1,
 		}
 	})
 	return r
-}
-
-func virtualSleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 }
 
 // nearestRank returns the percentile q of sorted times, in ms.

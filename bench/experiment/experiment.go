@@ -1,13 +1,18 @@
 // Package experiment compares policies fairly: they run in turns, in short
 // blocks, over the same arrivals and the same service times, so that what the
 // machine does in a given second happens to all of them.
+//
+// Where a scenario says sideBySide they run at the same time instead, each with
+// backends of its own, over the same arrivals, service times and faults: what one
+// policy leaves behind, a full queue or an open breaker, must not be another's.
+// The blocks are then the steps of one timeline. It begins with the first measured
+// block: the warm-up comes before its zero, so it shifts no fault.
 package experiment
 
 import (
 	"context"
 	"fmt"
 	"runtime"
-	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -16,16 +21,16 @@ import (
 	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/report"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
-	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
 
 // Config says what to compare, and how long.
 type Config struct {
 	Scenario *scenario.Scenario
 	Seed     uint64
-	// Arms are the policies, each with its connection; at least one.
+	// Arms are the policies, each with its connection; at least one. Side by side,
+	// each connection leads to other backends.
 	Arms []Arm
-	// Block is the length of a turn.
+	// Block is the length of a turn, or of a step of the timeline.
 	Block time.Duration
 	// Warmup is how much of each policy's time is dropped, in whole blocks.
 	Warmup time.Duration
@@ -47,7 +52,8 @@ type Arm struct {
 
 // Progress is how far the run is, all policies together.
 type Progress struct {
-	// Policy is the one that has just had its turn, Block which, from 1.
+	// Policy is the one that has just had its turn, "" if all have; Block which,
+	// from 1.
 	Policy string
 	Block  int
 	// Sent is the requests so far, of about Total.
@@ -106,48 +112,6 @@ func Run(ctx context.Context, c Config) (*report.Report, error) {
 	return r, nil
 }
 
-// run sends every block of every policy. Each policy begins every so many
-// rounds: who goes first finds the machine as the last round left it.
-func run(ctx, base context.Context, c Config, g *load.Generator) [][]*tally {
-	tallies := make([][]*tally, len(c.Arms))
-	clients := make([]kvpb.KVClient, len(c.Arms))
-	for i, arm := range c.Arms {
-		clients[i] = kvpb.NewKVClient(arm.Conn)
-	}
-	p := newPlan(c)
-	progress := Progress{Total: c.expected() * len(c.Arms)}
-	start := time.Now()
-	for round := 0; ; round++ {
-		b, ok := p.next()
-		if !ok {
-			return tallies
-		}
-		for turn := range c.Arms {
-			i := (round + turn) % len(c.Arms)
-			t := &tally{length: b.length}
-			caller := &load.Caller{
-				Client: clients[i], Fanout: c.Scenario.Fanout, Attempts: &t.attempts,
-				// Each policy's block plays at the same place of the timeline.
-				Epoch: start.Add(-b.offset),
-			}
-			sent := g.Run(ctx, base, load.Block{Start: start, At: b.at, FirstID: b.firstID, Send: caller.Send, Record: t.record})
-			if !b.warmup {
-				tallies[i] = append(tallies[i], t)
-			}
-			start = start.Add(b.length)
-			if ctx.Err() != nil {
-				t.length = min(t.length, max(time.Since(start.Add(-b.length)), 0))
-				return tallies
-			}
-			progress.Policy, progress.Block = c.Arms[i].Name, round+1
-			progress.Sent += sent
-			if c.Progress != nil {
-				c.Progress(progress)
-			}
-		}
-	}
-}
-
 // settle waits for the requests under way: to their timeout, or, once ctx has
 // ended, for the grace.
 func settle(ctx context.Context, g *load.Generator, patience time.Duration, cutOff func()) {
@@ -178,34 +142,4 @@ func connect(ctx context.Context, c Config) error {
 		}
 	}
 	return nil
-}
-
-// tally is what one block of one policy did.
-type tally struct {
-	length   time.Duration
-	attempts load.Attempts
-
-	mu        sync.Mutex // guards what follows
-	latencies []time.Duration
-	errors    int
-}
-
-func (t *tally) record(latency time.Duration, err error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if err != nil {
-		t.errors++
-		return
-	}
-	t.latencies = append(t.latencies, latency)
-}
-
-func (t *tally) block(fanout int) report.Block {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return report.Block{
-		Length: t.length, Latencies: t.latencies, Errors: t.errors,
-		Calls:   int64(len(t.latencies)+t.errors) * int64(fanout),
-		CallsOK: t.attempts.OK(), Attempts: t.attempts.Sent(),
-	}
 }

@@ -26,7 +26,8 @@ type block struct {
 	warmup  bool
 	at      []time.Duration
 	firstID uint64
-	// offset is where the block begins on the scenario's timeline.
+	// offset is where the block begins on the scenario's timeline; in the warm-up of
+	// a scenario with faults it is negative.
 	offset, length time.Duration
 }
 
@@ -41,6 +42,10 @@ func newPlan(c Config) *plan {
 		p.blocks = ceil(c.Duration, c.Block)
 	} else {
 		p.calls = c.Scenario.Requests
+	}
+	if c.Scenario.SideBySide || len(c.Scenario.Faults) > 0 {
+		// A fault "from 10s" begins 10 s into what is measured, however long the warm-up.
+		p.begun = -time.Duration(p.warm) * p.block
 	}
 	return p
 }

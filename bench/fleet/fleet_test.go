@@ -11,14 +11,12 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/metadata"
 
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
@@ -205,60 +203,4 @@ func TestServe(t *testing.T) {
 			t.Errorf("orders %q were accepted", bad)
 		}
 	}
-}
-
-// A backend takes as long as the scenario says for this call, attempt and
-// moment, and leaves when the caller does.
-func TestBackend(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s, err := scenario.Named("slow-replica")
-		if err != nil {
-			t.Fatal(err)
-		}
-		sleep := func(ctx context.Context, d time.Duration) error {
-			select {
-			case <-time.After(d):
-				return nil
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		}
-		timed := func(index int, id uint64, previous ...string) time.Duration {
-			ctx := t.Context()
-			for _, p := range previous {
-				ctx = metadata.NewIncomingContext(ctx, metadata.Pairs("grpc-previous-rpc-attempts", p))
-			}
-			begun := time.Now()
-			if _, err := NewBackend(s, 7, index, sleep).Get(ctx, &kvpb.Request{Id: id}); err != nil {
-				t.Error(err)
-			}
-			return time.Since(begun)
-		}
-		for id := range uint64(20) {
-			for _, c := range []struct {
-				previous []string
-				attempt  int
-			}{{nil, 0}, {[]string{"1"}, 1}, {[]string{"3"}, 3}, {[]string{"x"}, 0}, {[]string{"-1"}, 0}} {
-				if got, want := timed(2, id, c.previous...), s.Service(7, id, c.attempt, 2, 0); got != want {
-					t.Errorf("call %d, previous attempts %q: %v, want %v", id, c.previous, got, want)
-				}
-			}
-		}
-
-		// The timeline counts from the request's epoch: find a moment in a stall.
-		s.Stalls = &scenario.Stalls{MeanInterval: scenario.Duration(time.Second), Min: scenario.Duration(500e6), Max: scenario.Duration(500e6)}
-		at := time.Duration(0)
-		for s.Service(7, 0, 0, 0, at) < 400*time.Millisecond {
-			at += 10 * time.Millisecond
-		}
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-		defer cancel()
-		begun := time.Now()
-		if _, err := NewBackend(s, 7, 0, sleep).Get(ctx, &kvpb.Request{EpochUnixNs: begun.Add(-at).UnixNano()}); err == nil {
-			t.Error("a stalled backend answered")
-		}
-		if took := time.Since(begun); took != 100*time.Millisecond {
-			t.Errorf("left after %v, want when the caller did, 100ms", took)
-		}
-	})
 }

@@ -1,7 +1,6 @@
 package fleet
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,16 +9,11 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"strconv"
 	"sync"
-	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/bench/clock"
-	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
@@ -87,48 +81,3 @@ func Serve(in io.Reader, out io.Writer) error {
 // On two cores a collection takes one from the other side for milliseconds: a
 // tail that is ours and no policy's. What lives here is a few MB.
 func RelaxGC() { debug.SetGCPercent(400) }
-
-// Backend serves kv.KV/Get as the scenario says. It waits; it does not work: the
-// processor stays free for the generator.
-type Backend struct {
-	kvpb.UnimplementedKVServer
-	scenario *scenario.Scenario
-	seed     uint64
-	index    int
-	name     string
-	sleep    load.Sleep
-	started  time.Time
-}
-
-// NewBackend is backend index of the scenario, which waits by sleep.
-func NewBackend(s *scenario.Scenario, seed uint64, index int, sleep load.Sleep) *Backend {
-	return &Backend{scenario: s, seed: seed, index: index, name: fmt.Sprintf("backend-%d", index),
-		sleep: sleep, started: time.Now()}
-}
-
-// Get implements kvpb.KVServer. It leaves as soon as the caller has.
-func (b *Backend) Get(ctx context.Context, req *kvpb.Request) (*kvpb.Response, error) {
-	epoch := b.started
-	if req.EpochUnixNs != 0 {
-		epoch = time.Unix(0, req.EpochUnixNs)
-	}
-	took := b.scenario.Service(b.seed, req.Id, attempt(ctx), b.index, time.Since(epoch))
-	if err := b.sleep(ctx, took); err != nil {
-		return nil, status.FromContextError(err).Err()
-	}
-	return &kvpb.Response{Id: req.Id, Backend: b.name}, nil
-}
-
-// attempt is how many attempts of this call came before: gRFC A6's
-// "grpc-previous-rpc-attempts", absent on the first.
-func attempt(ctx context.Context) int {
-	v := metadata.ValueFromIncomingContext(ctx, "grpc-previous-rpc-attempts")
-	if len(v) == 0 {
-		return 0
-	}
-	n, err := strconv.ParseUint(v[0], 10, 16)
-	if err != nil {
-		return 0
-	}
-	return int(n)
-}

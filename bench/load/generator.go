@@ -35,7 +35,8 @@ type Block struct {
 	Record func(latency time.Duration, err error)
 }
 
-// Generator sends blocks. Its fields are fixed before the first Run.
+// Generator sends blocks, of several policies at once if each has a Run of its own.
+// Its fields are fixed before the first Run.
 type Generator struct {
 	// Sleep is how it waits for the next request's time.
 	Sleep Sleep

@@ -17,7 +17,7 @@ type Report struct {
 	Scenario *scenario.Scenario
 	Seed     uint64
 	// Block is the nominal length of a block; Warmup how much of each policy's
-	// time was dropped.
+	// time was dropped before.
 	Block, Warmup time.Duration
 	// Policies stand in the order of the command line; the first is what the
 	// others are compared with.
@@ -37,6 +37,8 @@ type Policy struct {
 
 // Block is one stretch of the schedule under one policy.
 type Block struct {
+	// At is where it begins on the scenario's timeline.
+	At time.Duration
 	// Length is how long it lasted.
 	Length time.Duration
 	// Latencies are those of the requests that succeeded, from their intended start.
@@ -72,6 +74,10 @@ type Run struct {
 	WastedPerCall *float64 `json:"wasted_per_call"`
 	// GoodputPerS is successful requests / the time in which they were to arrive.
 	GoodputPerS *float64 `json:"goodput_per_s"`
+	// Faults is how it came through faults that begin or end; nil if there are none.
+	Faults *Recovery `json:"faults,omitempty"`
+	// Timeline has a bin per block.
+	Timeline []Bin `json:"timeline"`
 }
 
 // levels are the percentiles that a report prints.
@@ -85,7 +91,9 @@ func (r *Report) Runs() []Run {
 	}
 	r.runs = nil
 	for _, p := range r.Policies {
-		r.runs = append(r.runs, p.run(r.Seed))
+		run := p.run(r.Seed)
+		run.Timeline, run.Faults = p.timeline(), p.recovery(r.Scenario)
+		r.runs = append(r.runs, run)
 	}
 	for i := range r.runs {
 		run, first := &r.runs[i], r.runs[0]
@@ -100,7 +108,7 @@ func (p Policy) run(seed uint64) Run {
 	var ok int
 	var calls, callsOK, attempts int64
 	for _, b := range p.Blocks {
-		run.Calls += len(b.Latencies) + b.Errors
+		run.Calls += b.requests()
 		run.Errors += b.Errors
 		ok += len(b.Latencies)
 		for _, d := range b.Latencies {

@@ -23,8 +23,8 @@ var update = flag.Bool("update", false, "write the golden files")
 func drawn(name string, n, perBlock int, base time.Duration, extra float64) Policy {
 	rng := rand.New(rand.NewPCG(1, 2))
 	p := Policy{Name: name}
-	for range n {
-		b := Block{Length: time.Second, Calls: int64(perBlock), CallsOK: int64(perBlock)}
+	for i := range n {
+		b := Block{At: time.Duration(i) * time.Second, Length: time.Second, Calls: int64(perBlock), CallsOK: int64(perBlock)}
 		for range perBlock {
 			b.Latencies = append(b.Latencies, base+time.Duration(rng.ExpFloat64()*float64(base)))
 		}
@@ -40,6 +40,18 @@ func fail(p Policy, perBlock int) Policy {
 		b.Latencies = b.Latencies[perBlock:]
 		b.Errors = perBlock
 		b.CallsOK -= int64(perBlock)
+	}
+	return p
+}
+
+// out makes everything fail from the 10th block on, up to block until, with so many
+// attempts per call.
+func out(p Policy, until int, attempts float64) Policy {
+	for i := 10; i < until; i++ {
+		b := &p.Blocks[i]
+		b.Errors += len(b.Latencies)
+		b.Latencies, b.CallsOK = nil, 0
+		b.Attempts = int64(attempts * float64(b.Calls))
 	}
 	return p
 }
@@ -65,6 +77,13 @@ func TestGolden(t *testing.T) {
 		"saturated": {Scenario: named(t, "bigtable"), Seed: 7, Block: time.Second,
 			Generator: Generator{LagP99: time.Second, CPU: 0.97, Overflow: 1234, Abandoned: 5},
 			Policies:  []Policy{fail(drawn("none", 10, 1000, time.Second, 0), 20), fail(drawn("hedge", 10, 1000, time.Second, 0.5), 5)}},
+		// An outage from 10 s to 15 s of 25: one policy comes out of it at once, one 3 s
+		// late, one never.
+		"faults": {Scenario: named(t, "outage"), Seed: 7, Block: time.Second, Warmup: time.Second, Generator: good,
+			Policies: []Policy{out(drawn("none", 25, 100, 2*time.Millisecond, 0), 15, 1), out(drawn("retry", 25, 100, 2*time.Millisecond, 0), 18, 1.05), out(drawn("retry-naive", 25, 100, 2*time.Millisecond, 0), 25, 4)}},
+		// A fault without end has no before and after; rows stand for 10 s.
+		"hole": {Scenario: named(t, "blackhole"), Seed: 7, Block: 500 * time.Millisecond, Generator: good,
+			Policies: []Policy{fail(drawn("none", 200, 10, 2*time.Millisecond, 0), 2)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var table, doc bytes.Buffer

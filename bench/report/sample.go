@@ -40,7 +40,7 @@ func newSample(blocks []Block) *sample {
 	s := &sample{blocks: len(blocks), total: make([]int64, len(blocks))}
 	h := load.NewHistogram()
 	for i, b := range blocks {
-		s.total[i] = int64(len(b.Latencies) + b.Errors)
+		s.total[i] = int64(b.requests())
 		h.Reset()
 		for _, d := range b.Latencies {
 			load.Record(h, d.Round(time.Microsecond))

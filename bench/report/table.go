@@ -22,20 +22,30 @@ func (r *Report) Table(w io.Writer) error {
 	if s.Fanout > 1 {
 		fmt.Fprintf(&out, " of %d leaf calls each", s.Fanout)
 	}
-	fmt.Fprintf(&out, ", %s; policies in turns, in blocks of %v; %v of warm-up dropped\n\n", s.Arrivals, r.Block, r.Warmup)
+	order := "in turns"
+	if s.SideBySide {
+		order = "side by side, each with backends of its own"
+	}
+	fmt.Fprintf(&out, ", %s; policies %s, in blocks of %v; %v of warm-up dropped\n\n", s.Arrivals, order, r.Block, r.Warmup)
 
 	runs := r.Runs()
-	rows := [][]string{{"policy", "calls", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "mean ms", "errors", "attempts", "wasted", "p50 ×", "p99 ×"}}
+	rows := [][]string{{"policy", "calls", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "mean ms", "errors", "goodput", "attempts", "wasted", "p50 ×", "p99 ×"}}
 	for _, run := range runs {
 		rows = append(rows, run.cells()...)
 	}
 	align(&out, rows)
+	if len(runs) > 0 && runs[0].Faults != nil {
+		r.recoveries(&out, runs)
+	}
+	if len(runs) > 0 && (s.SideBySide || len(s.Faults) > 0) {
+		r.chart(&out)
+	}
 
 	fmt.Fprintf(&out, "\nmilliseconds from a request's intended start; below each percentile its 95%% interval")
 	if n := r.blocks(); n < minBlocks {
 		fmt.Fprintf(&out, "\n(none from fewer than %d blocks)", minBlocks)
 	}
-	fmt.Fprintf(&out, "\nattempts: sent per %s; wasted: those whose answer nobody used; ×: to %s\n", call(s.Fanout), r.first())
+	fmt.Fprintf(&out, "\ngoodput: successes/s; attempts: sent per %s; wasted: those whose answer nobody used; ×: to %s\n", call(s.Fanout), r.first())
 	g := r.Generator
 	fmt.Fprintf(&out, "generator: lag p99 %s ms, CPU %.0f%%", millisText(ms(g.LagP99)), 100*g.CPU)
 	if g.Abandoned > 0 {
@@ -93,7 +103,7 @@ func (run Run) cells() [][]string {
 		}
 		figures, intervals = append(figures, point), append(intervals, ci)
 	}
-	figures = append(figures, optional(run.MeanMs, millisText), grouped(run.Errors),
+	figures = append(figures, optional(run.MeanMs, millisText), grouped(run.Errors), optional(run.GoodputPerS, fixed(0)),
 		optional(run.AttemptsPerCall, fixed(3)), optional(run.WastedPerCall, fixed(3)),
 		optional(run.P50Ratio, fixed(2)), optional(run.P99Ratio, fixed(2)))
 	return [][]string{figures, intervals}

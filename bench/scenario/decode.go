@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/code"
 )
 
 // Decode reads a scenario. It reports every fault, each with its JSON path;
@@ -190,6 +192,54 @@ func (c cursor) duration(name string, lo, hi, def time.Duration) Duration {
 		return Duration(lo)
 	}
 	return Duration(d)
+}
+
+// span is an optional duration of at least lo; 0 says that it is absent.
+func (c cursor) span(name string, lo time.Duration) Duration {
+	if _, ok := c.key(name); !ok {
+		return 0
+	}
+	return c.duration(name, lo, maxDuration, need)
+}
+
+// indexes reads a list of backends, counted from 0.
+func (c cursor) indexes(name string, backends int) (out []int) {
+	for _, k := range c.items(name) {
+		f := k.float(0, float64(backends-1))
+		if f != math.Trunc(f) {
+			c.r.fault(k.path, "%v, want a whole number", f)
+		}
+		out = append(out, int(f))
+	}
+	return out
+}
+
+// boolean is false where it is absent.
+func (c cursor) boolean(name string) bool {
+	k, ok := c.key(name)
+	if !ok {
+		return false
+	}
+	b, ok := k.v.(bool)
+	if !ok {
+		c.r.fault(k.path, "%s, want true or false", kind(k.v))
+	}
+	return b
+}
+
+// code reads the name of a status code of a failure. Absent: def.
+func (c cursor) code(name string, def Code) Code {
+	k, ok := c.key(name)
+	if !ok {
+		return def
+	}
+	text := k.string()
+	v, ok := code.Code_value[text]
+	if !ok || v == int32(code.Code_OK) {
+		c.r.fault(k.path, "%q, want the name of a failure, such as \"UNAVAILABLE\"", text)
+		return def
+	}
+	return Code(v)
 }
 
 func (c cursor) text(name string) string {

@@ -5,14 +5,16 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
 )
 
 func TestNamed(t *testing.T) {
 	names := Names()
-	if names[0] != Default || len(names) != 4 {
-		t.Errorf("scenarios %v, want four, %s first", names, Default)
+	if names[0] != Default || len(names) != 8 {
+		t.Errorf("scenarios %v, want eight, %s first", names, Default)
 	}
 	for _, name := range names {
 		s, err := Named(name)
@@ -63,6 +65,7 @@ func TestDecodeFaults(t *testing.T) {
 			"$.stragglers.probability: 1.1", "$.stragglers.ad: unknown key, want one of probability, add", "$.stragglers.add: missing"}},
 		{valid(`,"stalls":{"meanInterval":"1s","min":"3s","max":"2s","backends":[7]}`), []string{
 			"$.stalls.min: 3s, want at most max, 2s", "$.stalls.max: 2s, want at most half of meanInterval, 500ms", "$.stalls.backends[0]: 7"}},
+		{valid(`,"stalls":{"meanInterval":"1s","min":"1ms","max":"2ms","backends":[0.5]}`), []string{"$.stalls.backends[0]: 0.5, want a whole number"}},
 		{`{"name":"x","backends":1,"rate":1,"requests":1,"serviceTime":[{},{"weight":0,"constant":{"value":"1ms"}},{"lognormal":{"median":"2ms"},"exponential":{"mean":"-1s"}}]}`,
 			[]string{"$.serviceTime[0]: 0 distributions", "$.serviceTime[1].weight: 0", "$.serviceTime[2].lognormal.sigma: missing",
 				"$.serviceTime[2].exponential.mean", "$.serviceTime[2]: 2 distributions"}},
@@ -77,6 +80,74 @@ func TestDecodeFaults(t *testing.T) {
 				t.Errorf("%.80s: %v, want %q in it", c.doc, err, want)
 			}
 		}
+	}
+}
+
+// The faults of faults, word for word.
+func TestDecodeFaultsOfFaults(t *testing.T) {
+	doc := func(more string) string {
+		return `{"name":"x","backends":2,"rate":10,"requests":5,"serviceTime":[{"constant":{"value":"1ms"}}],` + more + `}`
+	}
+	for _, c := range []struct{ doc, want string }{
+		{`"faults":{}`, `$.faults: an object, want an array`},
+		{`"faults":["error"]`, `$.faults[0]: a string, want an object`},
+		{`"faults":[{}]`, `$.faults[0].kind: "", want "error", "blackhole" or "stall"`},
+		{`"faults":[{"kind":"fire"}]`, `$.faults[0].kind: "fire", want "error", "blackhole" or "stall"`},
+		{`"faults":[{"kind":"error","form":"1s"}]`, `$.faults[0].form: unknown key, want one of kind, from, for, every, backends, code, probability`},
+		{`"faults":[{"kind":"error","from":"-1s"}]`, `$.faults[0].from: "-1s", want a duration from 0s to 1h0m0s`},
+		{`"faults":[{"kind":"error","for":"0s"}]`, `$.faults[0].for: "0s", want a duration from 1ms to 1h0m0s`},
+		{`"faults":[{"kind":"error","for":"1s","every":"1ms"}]`, "$.faults[0].every: \"1ms\", want a duration from 10ms to 1h0m0s\n$.faults[0].every: 10ms, want at least from + for, 1s"},
+		{`"faults":[{"kind":"error","every":"1s"}]`, `$.faults[0].every: 1s, want for with it: what comes back must have ended`},
+		{`"faults":[{"kind":"error","from":"10s","for":"5s","every":"14s"}]`, `$.faults[0].every: 14s, want at least from + for, 15s`},
+		{`"faults":[{"kind":"error","backends":[2,0.5]}]`, "$.faults[0].backends[0]: 2, want 0 to 1\n$.faults[0].backends[1]: 0.5, want a whole number"},
+		{`"faults":[{"kind":"error","code":"OK"}]`, `$.faults[0].code: "OK", want the name of a failure, such as "UNAVAILABLE"`},
+		{`"faults":[{"kind":"error","code":"unavailable"}]`, `$.faults[0].code: "unavailable", want the name of a failure, such as "UNAVAILABLE"`},
+		{`"faults":[{"kind":"error","probability":0}]`, `$.faults[0].probability: 0, want 1e-06 to 1`},
+		{`"faults":[{"kind":"error","probability":1.1}]`, `$.faults[0].probability: 1.1, want 1e-06 to 1`},
+		{`"faults":[{"kind":"blackhole","code":"INTERNAL","probability":1}]`, "$.faults[0].code: no key of a blackhole, only of an error\n$.faults[0].probability: no key of a blackhole, only of an error"},
+		{`"faults":[{"kind":"stall"}]`, `$.faults[0].for: missing: what never serves is a blackhole`},
+		{`"faults":[{"kind":"stall","for":"8s","every":"10s","backends":[1]}]`, `$.faults: backend 1 stands still for up to 80% of its time, want at most 75%`},
+		// Each leaves time to work, all together need not.
+		{`"faults":[{"kind":"stall","for":"5s","every":"10s"},{"kind":"stall","from":"5s","for":"5s","every":"10s"}]`, `$.faults: backend 0 stands still for up to 100% of its time, want at most 75%`},
+		{`"stalls":{"meanInterval":"1s","min":"0s","max":"500ms"},"faults":[{"kind":"stall","for":"3s","every":"10s"}]`, `$.faults: backend 0 stands still for up to 80% of its time, want at most 75%`},
+
+		{`"sideBySide":"yes"`, `$.sideBySide: a string, want true or false`},
+		{`"sideBySide":true,"workers":0`, `$.workers: 0, want 1 to 1000`},
+		{`"sideBySide":true,"workers":1.5`, `$.workers: 1.5, want a whole number`},
+		{`"workers":3`, `$.workers: 3, want "sideBySide": true with it: a queue outlasts a policy's turn`},
+		{`"serveAbandoned":true`, `$.serveAbandoned: true, want workers with it: nothing waits where all are served at once`},
+		{`"serverTimeout":"0s"`, `$.serverTimeout: "0s", want a duration from 1ms to 1h0m0s`},
+		{`"sideBySide":true,"workers":1,"serverTimeout":"1s"`, `$.serverTimeout: 1s, want "serveAbandoned": true with workers: the work goes on`},
+	} {
+		_, err := Decode([]byte(doc(c.doc)))
+		if want := "scenario: " + c.want; err == nil || err.Error() != want {
+			t.Errorf("%s:\n%v, want\n%s", c.doc, err, want)
+		}
+	}
+}
+
+// What a document leaves out, and what it says.
+func TestDecodeFault(t *testing.T) {
+	sc, err := Decode([]byte(`{"name":"x","backends":2,"rate":10,"requests":5,"serviceTime":[{"constant":{"value":"1ms"}}],
+		"sideBySide":true,"workers":3,"serveAbandoned":true,"serverTimeout":"1s","faults":[
+		{"kind":"error"},
+		{"kind":"error","from":"1s","for":"2s","every":"3s","backends":[1],"code":"RESOURCE_EXHAUSTED","probability":0.5},
+		{"kind":"blackhole","from":"0s"},
+		{"kind":"stall","for":"1s"}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Fault{
+		{Kind: Error, Code: Code(codes.Unavailable), Probability: 1},
+		{Kind: Error, From: at(sec), For: at(2 * sec), Every: at(3 * sec), Backends: []int{1}, Code: Code(codes.ResourceExhausted), Probability: 0.5},
+		{Kind: Blackhole},
+		{Kind: Stall, For: at(sec)},
+	}
+	if diff := cmp.Diff(want, sc.Faults); diff != "" {
+		t.Errorf("faults (-want +got):\n%s", diff)
+	}
+	if !sc.SideBySide || sc.Workers != 3 || !sc.ServeAbandoned || sc.ServerTimeout != at(sec) {
+		t.Errorf("%+v", sc)
 	}
 }
 
@@ -101,6 +172,12 @@ func FuzzDecode(f *testing.F) {
 		// What was accepted can be used,
 		if d := s.Service(1, 2, 3, s.Backends-1, 4); d < 0 {
 			t.Errorf("service time %v", d)
+		}
+		s.Fault(1, 2, 3, s.Backends-1, 4)
+		for _, w := range s.FaultSpans(time.Minute) {
+			if w.From < 0 || w.To <= w.From {
+				t.Errorf("a fault in %v", w)
+			}
 		}
 		// and written and read again: this is how it reaches the backends.
 		again, err := json.Marshal(s)

@@ -3,6 +3,8 @@ package scenario
 import (
 	"math"
 	"time"
+
+	"google.golang.org/grpc/codes"
 )
 
 // Bounds. They keep arithmetic finite and a slip of the pen from asking for a
@@ -14,11 +16,16 @@ const (
 	maxRate     = 1e6
 	maxRequests = 1e8
 	maxFleet    = 1000
+	maxWorkers  = 1000
+	// maxStill is the share of its time that a backend may stand still for ever:
+	// beyond it, work might never be done.
+	maxStill = 0.75
 )
 
 func (r *reader) scenario(c cursor) *Scenario {
 	if !c.object("name", "description", "backends", "fanout", "rate", "arrivals", "requests", "timeout",
-		"policies", "serviceTime", "stragglers", "slow", "stalls") {
+		"policies", "sideBySide", "serviceTime", "stragglers", "slow", "stalls",
+		"workers", "serveAbandoned", "serverTimeout", "faults") {
 		return nil
 	}
 	s := &Scenario{
@@ -67,7 +74,83 @@ func (r *reader) scenario(c cursor) *Scenario {
 	if k, ok := c.key("stalls"); ok && k.object("meanInterval", "min", "max", "backends") {
 		s.Stalls = r.stalls(k, s.Backends)
 	}
+	s.SideBySide = c.boolean("sideBySide")
+	r.queue(c, s)
+	for _, k := range c.items("faults") {
+		s.Faults = append(s.Faults, r.faultOf(k, s.Backends))
+	}
+	r.still(c, s)
 	return s
+}
+
+// queue reads what a backend does with calls that it cannot serve at once.
+func (r *reader) queue(c cursor, s *Scenario) {
+	if _, ok := c.key("workers"); ok {
+		s.Workers = c.whole("workers", 1, maxWorkers, need)
+	}
+	s.ServeAbandoned = c.boolean("serveAbandoned")
+	s.ServerTimeout = c.span("serverTimeout", time.Millisecond)
+	switch {
+	case s.Workers > 0 && !s.SideBySide:
+		r.fault(c.path+".workers", "%d, want \"sideBySide\": true with it: a queue outlasts a policy's turn", s.Workers)
+	case s.Workers == 0 && s.ServeAbandoned:
+		r.fault(c.path+".serveAbandoned", "true, want workers with it: nothing waits where all are served at once")
+	case s.Workers > 0 && !s.ServeAbandoned && s.ServerTimeout > 0:
+		r.fault(c.path+".serverTimeout", "%v, want \"serveAbandoned\": true with workers: the work goes on", s.ServerTimeout)
+	}
+}
+
+func (r *reader) faultOf(c cursor, backends int) (f Fault) {
+	if !c.object("kind", "from", "for", "every", "backends", "code", "probability") {
+		return f
+	}
+	f.Kind = FaultKind(c.text("kind"))
+	f.From = c.duration("from", 0, maxDuration, 0)
+	f.For = c.span("for", time.Millisecond)
+	f.Every = c.span("every", 10*time.Millisecond)
+	f.Backends = c.indexes("backends", backends)
+	switch f.Kind {
+	case Error:
+		f.Code = c.code("code", Code(codes.Unavailable))
+		f.Probability = c.number("probability", 1e-6, 1, 1)
+	case Blackhole, Stall:
+		for _, key := range []string{"code", "probability"} {
+			if k, ok := c.key(key); ok {
+				r.fault(k.path, "no key of a %s, only of an error", f.Kind)
+			}
+		}
+	default:
+		r.fault(c.path+".kind", "%q, want \"error\", \"blackhole\" or \"stall\"", f.Kind)
+	}
+	switch {
+	case f.Every > 0 && f.For == 0:
+		r.fault(c.path+".every", "%v, want for with it: what comes back must have ended", f.Every)
+	case f.Every > 0 && f.Every < f.From+f.For:
+		r.fault(c.path+".every", "%v, want at least from + for, %v", f.Every, f.From+f.For)
+	case f.Kind == Stall && f.For == 0:
+		r.fault(c.path+".for", "missing: what never serves is a blackhole")
+	}
+	return f
+}
+
+// still finds a backend that stands still for too much of its time, whatever the
+// luck: the stalls of several sources may fall one after the other.
+func (r *reader) still(c cursor, s *Scenario) {
+	for b := range s.Backends {
+		var share float64
+		if st := s.Stalls; st != nil && on(st.Backends, b) {
+			share = float64(st.Max) / float64(st.MeanInterval)
+		}
+		for _, f := range s.Faults {
+			if f.Kind == Stall && f.Every > 0 && on(f.Backends, b) {
+				share += float64(f.For) / float64(f.Every)
+			}
+		}
+		if share > maxStill {
+			r.fault(c.path+".faults", "backend %d stands still for up to %.0f%% of its time, want at most %.0f%%", b, 100*share, 100*maxStill)
+			return
+		}
+	}
 }
 
 func (r *reader) component(c cursor) (comp Component) {
@@ -108,8 +191,6 @@ func (r *reader) stalls(c cursor, backends int) *Stalls {
 	if st.Max > st.MeanInterval/2 {
 		r.fault(c.path+".max", "%v, want at most half of meanInterval, %v", st.Max, st.MeanInterval/2)
 	}
-	for _, b := range c.items("backends") {
-		st.Backends = append(st.Backends, int(b.float(0, float64(backends-1))))
-	}
+	st.Backends = c.indexes("backends", backends)
 	return st
 }

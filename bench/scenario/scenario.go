@@ -2,9 +2,9 @@
 // long each call takes there and when they stall, how many calls arrive.
 //
 // A scenario is data: a JSON document, embedded or a file of the user's. Its
-// service times are a pure function of seed, call, attempt, backend and moment
-// ([Scenario.Service]), so every policy faces the same draws, and so do a real
-// server and a test in virtual time.
+// service times and its faults are pure functions of seed, call, attempt, backend
+// and moment ([Scenario.Service], [Scenario.Fault]), so every policy faces the same
+// draws, and so do a real server and a test in virtual time.
 package scenario
 
 import (
@@ -36,6 +36,12 @@ type Scenario struct {
 	Timeout Duration `json:"timeout"`
 	// Policies are compared when the command line names none.
 	Policies []string `json:"policies,omitempty"`
+	// SideBySide runs all policies at the same time, each against backends of its
+	// own, over the same arrivals and faults. For what lasts longer than a turn: a
+	// queue that one policy filled, a breaker that opened, would be the next
+	// policy's. Otherwise they take turns against the same backends, in short
+	// blocks, which compares latencies more finely.
+	SideBySide bool `json:"sideBySide,omitempty"`
 
 	// ServiceTime is a mixture: each attempt draws one component.
 	ServiceTime []Component `json:"serviceTime"`
@@ -43,8 +49,23 @@ type Scenario struct {
 	Stragglers *Stragglers `json:"stragglers,omitempty"`
 	// Slow replicas take Factor times as long over everything, stragglers too.
 	Slow []Slow `json:"slow,omitempty"`
-	// Stalls stop a backend altogether for a while.
+	// Stalls stop a backend altogether for a while, at random moments.
 	Stalls *Stalls `json:"stalls,omitempty"`
+
+	// Workers is how many calls a backend serves at once, 1 to 1,000; the others
+	// wait in the order in which they came. Absent: no limit. It wants SideBySide.
+	Workers int `json:"workers,omitempty"`
+	// ServeAbandoned makes a backend do the work of a call whose caller has left all
+	// the same, as a server does that never looks at its context: the queue keeps
+	// its backlog. It wants Workers. Otherwise such a call leaves the queue, or its
+	// worker, at once.
+	ServeAbandoned bool `json:"serveAbandoned,omitempty"`
+	// ServerTimeout, 1ms to 1h, is the patience of a proxy before the backend: a call
+	// that has no answer by then is answered UNAVAILABLE, while its work goes on.
+	// With Workers it wants ServeAbandoned. Absent: none.
+	ServerTimeout Duration `json:"serverTimeout,omitempty"`
+	// Faults are what goes wrong at known moments.
+	Faults []Fault `json:"faults,omitempty"`
 }
 
 // Component is one part of a mixture: Shift plus a draw from one distribution.

@@ -7,12 +7,17 @@ import (
 )
 
 // Service is how long an attempt takes at a backend that starts it at the
-// moment at of the scenario's timeline.
+// moment at of the scenario's timeline: its work, and the stalls in between.
 //
 // The draw depends on seed, call (id) and attempt, not on the backend: whatever
 // a policy picks, it faces the same luck. The backend contributes only its
 // factor and its stalls. Pure and safe for concurrent use.
 func (s *Scenario) Service(seed, id uint64, attempt, backend int, at time.Duration) time.Duration {
+	return s.Finish(seed, backend, at, s.Work(seed, id, attempt, backend)) - at
+}
+
+// Work is how long an attempt takes at a backend that does not stand still.
+func (s *Scenario) Work(seed, id uint64, attempt, backend int) time.Duration {
 	d := draw{seed, id, uint64(attempt)}
 	t := s.mixture(d)
 	if st := s.Stragglers; st != nil && d.uniform(straggler) < st.Probability {
@@ -24,11 +29,46 @@ func (s *Scenario) Service(seed, id uint64, attempt, backend int, at time.Durati
 		}
 	}
 	// A lognormal of a large sigma has no end; a Duration has. No request waits longer.
-	work := time.Duration(min(t, float64(2*maxDuration)))
-	if s.Stalls == nil {
-		return work
+	return time.Duration(min(t, float64(2*maxDuration)))
+}
+
+// Finish is the moment at which a backend has done work that it begins at the
+// moment at: the work waits while the backend stands still.
+func (s *Scenario) Finish(seed uint64, backend int, at, work time.Duration) time.Duration {
+	for {
+		from, to, ok := s.pause(seed, backend, at)
+		if !ok || from >= at+work {
+			return at + work
+		}
+		if from > at {
+			work -= from - at
+		}
+		at = to
 	}
-	return s.Stalls.stretch(seed, backend, at, work)
+}
+
+// pause returns, of the stretches in which the backend stands still and that end
+// after the moment at, the one that begins first.
+func (s *Scenario) pause(seed uint64, backend int, at time.Duration) (from, to time.Duration, ok bool) {
+	if s.Stalls != nil && on(s.Stalls.Backends, backend) {
+		from, to = s.Stalls.next(seed, backend, at)
+		ok = true
+	}
+	for i := range s.Faults {
+		f := &s.Faults[i]
+		if f.Kind != Stall || !on(f.Backends, backend) {
+			continue
+		}
+		if w, more := f.window(at); more && (!ok || w.From < from) {
+			from, to, ok = w.From, w.To, true
+		}
+	}
+	return from, to, ok
+}
+
+// on says whether a list of backends, none for all, has this one.
+func on(backends []int, backend int) bool {
+	return len(backends) == 0 || slices.Contains(backends, backend)
 }
 
 func (s *Scenario) mixture(d draw) float64 {
@@ -59,26 +99,13 @@ func (c Component) quantile(u float64) float64 {
 	return t
 }
 
-// stretch is how long work takes that begins at the moment at: it stands still
-// while the backend stalls. Time is cut into cells of MeanInterval, each of
-// which holds one stall, so no history need be kept.
-func (st *Stalls) stretch(seed uint64, backend int, at, work time.Duration) time.Duration {
-	if len(st.Backends) > 0 && !slices.Contains(st.Backends, backend) {
-		return work
-	}
-	end := at
+// next returns the first stall that ends after the moment at. Time is cut into
+// cells of MeanInterval, each of which holds one stall, so no history need be kept.
+func (st *Stalls) next(seed uint64, backend int, at time.Duration) (from, to time.Duration) {
 	for cell := max(at, 0) / time.Duration(st.MeanInterval); ; cell++ {
-		from, to := st.stall(seed, backend, cell)
-		if to <= end {
-			continue
+		if from, to = st.stall(seed, backend, cell); to > at {
+			return from, to
 		}
-		if from >= end+work {
-			return end + work - at
-		}
-		if from > end {
-			work -= from - end
-		}
-		end = to
 	}
 }
 
@@ -98,6 +125,7 @@ const (
 	straggler
 	stallStart
 	stallLength
+	faulty // the first of as many as there are faults: keep it last
 )
 
 // draw names one source of random numbers: a call's attempt, or a backend's stall.

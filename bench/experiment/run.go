@@ -1,0 +1,144 @@
+package experiment
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/bobtail-rpc/bobtail/bench/load"
+	"github.com/bobtail-rpc/bobtail/bench/report"
+	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+)
+
+// runner sends the blocks of one comparison.
+type runner struct {
+	Config
+	ctx, base context.Context
+	generator *load.Generator
+	clients   []kvpb.KVClient
+	tallies   [][]*tally // of each arm
+}
+
+// run sends every block of every policy and returns what became of them, which is
+// complete when the generator has drained.
+func run(ctx, base context.Context, c Config, g *load.Generator) [][]*tally {
+	r := &runner{Config: c, ctx: ctx, base: base, generator: g, tallies: make([][]*tally, len(c.Arms))}
+	for _, arm := range c.Arms {
+		r.clients = append(r.clients, kvpb.NewKVClient(arm.Conn))
+	}
+	if c.Scenario.SideBySide {
+		r.sideBySide()
+	} else {
+		r.inTurns()
+	}
+	return r.tallies
+}
+
+// inTurns: each policy begins every so many rounds, for who goes first finds the
+// machine as the last round left it.
+func (r *runner) inTurns() {
+	p := newPlan(r.Config)
+	progress := Progress{Total: r.expected() * len(r.Arms)}
+	start := time.Now()
+	for round := 0; ; round++ {
+		b, ok := p.next()
+		if !ok {
+			return
+		}
+		for turn := range r.Arms {
+			i := (round + turn) % len(r.Arms)
+			sent := r.send(i, b, start)
+			start = start.Add(b.length)
+			if r.ctx.Err() != nil {
+				return
+			}
+			progress.Policy, progress.Block = r.Arms[i].Name, round+1
+			progress.Sent += sent
+			r.tell(progress)
+		}
+	}
+}
+
+// sideBySide: all policies send block after block at the same moments.
+func (r *runner) sideBySide() {
+	p := newPlan(r.Config)
+	progress := Progress{Total: r.expected() * len(r.Arms)}
+	start := time.Now()
+	sent := make([]int, len(r.Arms))
+	for round := 0; ; round++ {
+		b, ok := p.next()
+		if !ok {
+			return
+		}
+		var arms sync.WaitGroup
+		for i := range r.Arms {
+			arms.Go(func() { sent[i] = r.send(i, b, start) })
+		}
+		arms.Wait()
+		start = start.Add(b.length)
+		if r.ctx.Err() != nil {
+			return
+		}
+		progress.Block = round + 1
+		for _, n := range sent {
+			progress.Sent += n
+		}
+		r.tell(progress)
+	}
+}
+
+// send sends a block of one policy and returns the number of its requests. It is
+// called for one policy at a time, for different ones at once.
+func (r *runner) send(arm int, b block, start time.Time) int {
+	t := &tally{at: b.offset, length: b.length}
+	caller := &load.Caller{
+		Client: r.clients[arm], Fanout: r.Scenario.Fanout, Attempts: &t.attempts,
+		// Each policy's block plays at the same place of the timeline.
+		Epoch: start.Add(-b.offset),
+	}
+	sent := r.generator.Run(r.ctx, r.base, load.Block{Start: start, At: b.at, FirstID: b.firstID, Send: caller.Send, Record: t.record})
+	if r.ctx.Err() != nil {
+		t.length = min(t.length, max(time.Since(start), 0))
+	}
+	if !b.warmup {
+		r.tallies[arm] = append(r.tallies[arm], t)
+	}
+	return sent
+}
+
+func (r *runner) tell(p Progress) {
+	if r.Progress != nil {
+		r.Progress(p)
+	}
+}
+
+// tally is what one block of one policy did.
+type tally struct {
+	at, length time.Duration
+	attempts   load.Attempts
+
+	mu        sync.Mutex // guards what follows
+	latencies []time.Duration
+	errors    int
+}
+
+// record counts a request for the block in which it was meant to start, whenever it ends.
+func (t *tally) record(latency time.Duration, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err != nil {
+		t.errors++
+		return
+	}
+	t.latencies = append(t.latencies, latency)
+}
+
+func (t *tally) block(fanout int) report.Block {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return report.Block{
+		At: t.at, Length: t.length, Latencies: t.latencies, Errors: t.errors,
+		Calls:   int64(len(t.latencies)+t.errors) * int64(fanout),
+		CallsOK: t.attempts.OK(), Attempts: t.attempts.Sent(),
+	}
+}

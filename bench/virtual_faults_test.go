@@ -1,0 +1,133 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"testing"
+
+	"github.com/bobtail-rpc/bobtail/bench/report"
+)
+
+// line is a run in brief, for the log.
+func line(run report.Run) string {
+	text := func(v *float64, format string) string {
+		if v == nil {
+			return "-"
+		}
+		return fmt.Sprintf(format, *v)
+	}
+	s := fmt.Sprintf("%-11s %d of %d requests failed, p50 %s p99 %s ms, attempts %s", run.Policy, run.Errors, run.Calls,
+		text(run.P50, "%.2f"), text(run.P99, "%.2f"), text(run.AttemptsPerCall, "%.3f"))
+	if f := run.Faults; f != nil {
+		s += fmt.Sprintf("; in the fault %s; goodput %s, %s, %s; recovered after %s s", text(f.During.AttemptsPerCall, "%.3f"),
+			text(f.Before.GoodputShare, "%.4f"), text(f.During.GoodputShare, "%.4f"), text(f.After.GoodputShare, "%.4f"),
+			text(f.RecoveredS, "%g"))
+	}
+	return s
+}
+
+// recovers asserts that goodput is back within some seconds.
+func recovers(t *testing.T, run report.Run, within float64) {
+	t.Helper()
+	if s := run.Faults.RecoveredS; s == nil || *s > within {
+		t.Errorf("%s: %s, want that it recovers within %v s", run.Policy, line(run), within)
+	}
+}
+
+// An outage is over when it is over, whatever the policy, and a budget holds in it.
+func TestVirtualOutageScenario(t *testing.T) {
+	policies := []string{"retry-naive", "retry", "breaker"}
+	if !testing.Short() {
+		policies = append(policies, "none", "full")
+	}
+	runs := sideBySide(t, named(t, "outage"), seed, policies...)
+	// 5%, and what a budget may do at once: one attempt, and a tenth of a window.
+	if a := *runs["retry"].Faults.During.AttemptsPerCall; a > 1+0.05+0.02 {
+		t.Errorf("retry: %.3f attempts per call in the outage, want at most 1.07", a)
+	}
+	if a := *runs["retry-naive"].Faults.During.AttemptsPerCall; a < 3.8 || a > 4 {
+		t.Errorf("retry-naive: %.3f attempts per call in the outage, want nearly 4", a)
+	}
+	for _, name := range policies {
+		within := 2.0
+		if name == "breaker" {
+			within = 8 // once open it stays so for 5 s, and probes with one call at first
+		}
+		recovers(t, runs[name], within)
+	}
+}
+
+// One attempt in five fails for a while: what retries cure, a budget of 5% cures a
+// quarter of.
+func TestVirtualErrorBurst(t *testing.T) {
+	runs := sideBySide(t, named(t, "error-burst"), seed, "none", "retry-naive", "retry", "full")
+	share := func(name string) float64 { return *runs[name].Faults.During.GoodputShare }
+	if s := share("none"); math.Abs(s-0.8) > 0.05 {
+		t.Errorf("none: a goodput of %.3f in the burst, want 0.8", s)
+	}
+	if s := share("retry-naive"); s < 0.99 {
+		t.Errorf("retry-naive: a goodput of %.4f in the burst, want 1 - 0.2^4", s)
+	}
+	if gain := share("retry") - share("none"); gain < 0.02 {
+		t.Errorf("retry: %.3f more goodput than none in the burst, want about 0.04", gain)
+	}
+	if a := *runs["retry"].Faults.During.AttemptsPerCall; a > 1.07 {
+		t.Errorf("retry: %.3f attempts per call in the burst, want at most 1.07", a)
+	}
+	// Its window is 10 s: it may spend in 5 what it has saved in the 5 before.
+	if in, all := *runs["full"].Faults.During.AttemptsPerCall, *runs["full"].AttemptsPerCall; in > 1.12 || all > 1.06 {
+		t.Errorf("full: %.3f attempts per call in the burst, %.3f over all, want at most 1.11 and 1.055", in, all)
+	}
+	for _, name := range []string{"retry", "full"} {
+		if share(name) < share("none") {
+			t.Errorf("%s: a goodput of %.3f in the burst, none has %.3f", name, share(name), share("none"))
+		}
+	}
+}
+
+// A backend that accepts and never answers: hedging saves who called it, and the
+// balancer learns to leave it alone.
+func TestVirtualBlackhole(t *testing.T) {
+	sc := named(t, "blackhole")
+	hole := sideBySide(t, sc, seed, "none", "full")
+	if share := float64(hole["none"].Errors) / float64(hole["none"].Calls); math.Abs(share-0.2) > 0.01 {
+		t.Errorf("none: %.3f of requests fail, want the fifth that meets it", share)
+	}
+	sc.Faults = nil
+	whole := sideBySide(t, sc, seed, "full")
+	with, without := hole["full"], whole["full"]
+	if share := float64(with.Errors) / float64(with.Calls); share > 0.001 {
+		t.Errorf("full: %.4f of requests fail, want at most 0.001", share)
+	}
+	if with.P99 == nil || *with.P99 > 3**without.P99 {
+		t.Errorf("full: %s, want a p99 of at most three times %.2f ms", line(with), *without.P99)
+	}
+}
+
+// HotOS 2021: 280 requests/s offered to a server of 300/s that stood still for 10 s.
+// Without retries the backlog drains in two minutes (FIGURES: 121 s); naive retries
+// of what the proxy gave up on keep the server busy with work that nobody waits for.
+func TestVirtualMetastable(t *testing.T) {
+	sc := named(t, "metastable")
+	if testing.Short() { // the same at a tenth of the size
+		sc.Rate, sc.Requests = sc.Rate/10, sc.Requests/10
+		sc.ServiceTime[0].Constant.Value *= 10
+	}
+	runs := sideBySide(t, sc, seed, "none", "retry-naive", "retry", "full")
+	if s := runs["retry-naive"].Faults.RecoveredS; s != nil {
+		t.Errorf("retry-naive recovers after %v s, want never", *s)
+	}
+	if last := runs["retry-naive"].Timeline; last[len(last)-1].Goodput > 0.05*sc.Rate {
+		t.Errorf("retry-naive: a goodput of %.0f/s at the end, want none", last[len(last)-1].Goodput)
+	}
+	// 2,800 calls less the 300 that the proxy's second holds, at the 20/s to spare.
+	if s := runs["none"].Faults.RecoveredS; s == nil || *s < 115 || *s > 135 {
+		t.Errorf("none: %s, want that it recovers after about 125 s", line(runs["none"]))
+	}
+	recovers(t, runs["full"], 160)
+	// A budget of 5% takes 14 of the 20 calls/s by which the backlog shrinks: it would
+	// recover after nearly eight minutes. What a budget does hold is its bound.
+	if a := *runs["retry"].AttemptsPerCall; a > 1.055 {
+		t.Errorf("retry: %.3f attempts per call, want at most 1.05", a)
+	}
+}

@@ -1,0 +1,138 @@
+package main
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/bobtail-rpc/bobtail/bench/experiment"
+	"github.com/bobtail-rpc/bobtail/bench/fleet"
+	"github.com/bobtail-rpc/bobtail/bench/load"
+	"github.com/bobtail-rpc/bobtail/bench/report"
+	"github.com/bobtail-rpc/bobtail/bench/scenario"
+	"github.com/bobtail-rpc/bobtail/internal/grpctest"
+	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+)
+
+// The tests of this folder run the whole gRPC stack over bufconn in virtual time:
+// only the policy's choices, the service times and the faults count, so the
+// figures are those of the policy and of no machine.
+
+func named(t *testing.T, name string) *scenario.Scenario {
+	t.Helper()
+	sc, err := scenario.Named(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sc
+}
+
+func virtualSleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// arrived is an attempt as a backend saw it.
+type arrived struct {
+	id  uint64
+	at  time.Time
+	err error
+}
+
+// observer collects attempts; nil collects none.
+type observer struct {
+	mu       sync.Mutex
+	attempts []arrived
+}
+
+func (o *observer) saw(a arrived) {
+	if o != nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		o.attempts = append(o.attempts, a)
+	}
+}
+
+// virtualFleet plays a scenario's backends. Call it, and look policies up, inside
+// a bubble.
+func virtualFleet(t *testing.T, sc *scenario.Scenario, seed uint64, o *observer) *grpctest.Fleet {
+	var backends []*fleet.Backend
+	for i := range sc.Backends {
+		backends = append(backends, fleet.NewBackend(sc, seed, i, virtualSleep))
+	}
+	return grpctest.NewFleet(t, sc.Backends, grpctest.Handlers{
+		Unary: func(ctx context.Context, b *grpctest.Backend, req *kvpb.Request) (*kvpb.Response, error) {
+			at := time.Now()
+			res, err := backends[b.Index].Get(ctx, req)
+			o.saw(arrived{req.Id, at, err})
+			return res, err
+		},
+	})
+}
+
+// ended is what became of a request: when it was meant to begin and when it ended,
+// from the start.
+type ended struct {
+	at, end time.Duration
+	err     error
+}
+
+// drive sends n requests as the scenario's arrivals have them, id by id, and waits
+// for all of them.
+func drive(t *testing.T, sc *scenario.Scenario, seed uint64, start time.Time, n int, send func(ctx context.Context, id uint64) error) []ended {
+	t.Helper()
+	at := load.NewArrivals(seed, sc.Rate, sc.Arrivals).Next(time.Duration(2 * float64(n) / sc.Rate * float64(time.Second)))[:n]
+	out := make([]ended, n)
+	g := &load.Generator{Sleep: virtualSleep, Timeout: time.Duration(sc.Timeout), MaxInFlight: n}
+	g.Run(t.Context(), t.Context(), load.Block{
+		Start: start, At: at,
+		Send: func(ctx context.Context, id uint64) error {
+			err := send(ctx, id)
+			out[id] = ended{at[id], time.Since(start), err}
+			return err
+		},
+		Record: func(time.Duration, error) {},
+	})
+	g.Drain(t.Context())
+	if lag := g.Health().LagP99; lag != 0 {
+		t.Errorf("the generator lags by %v in virtual time", lag)
+	}
+	return out
+}
+
+// sideBySide runs a scenario's whole comparison in virtual time.
+func sideBySide(t *testing.T, sc *scenario.Scenario, seed uint64, policies ...string) map[string]report.Run {
+	t.Helper()
+	runs := map[string]report.Run{}
+	synctest.Test(t, func(t *testing.T) {
+		c := experiment.Config{Scenario: sc, Seed: seed, Block: 500 * time.Millisecond, Warmup: time.Second, Sleep: virtualSleep}
+		for _, name := range policies {
+			p, err := findPolicy(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cc := virtualFleet(t, sc, seed, nil).Dial(append(p.opts, load.CountAttempts())...)
+			c.Arms = append(c.Arms, experiment.Arm{Name: name, Conn: cc})
+		}
+		r, err := experiment.Run(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if lag := r.Generator.LagP99; lag != 0 {
+			t.Errorf("the generator lags by %v in virtual time", lag)
+		}
+		for _, run := range r.Runs() {
+			runs[run.Policy] = run
+			t.Log(line(run))
+		}
+	})
+	return runs
+}
