@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
+	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
 	"github.com/bobtail-rpc/bobtail/internal/rpc"
 )
@@ -93,7 +94,11 @@ func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 			held.end(opened)
 		}
 	}()
-	opts, watch := rpc.Watch(desc, opts, held.end)
+	var first func()
+	if held.pass.permit.Probe() {
+		first = held.passed
+	}
+	opts, watch := rpc.Watch(desc, opts, held.end, first)
 	s, err := m.open(ctx, desc, cc, name, streamer, opts...)
 	if opened = err; err != nil {
 		return s, err
@@ -103,16 +108,34 @@ func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 
 // holding is what a stream holds until its end.
 type holding struct {
-	once   sync.Once // the end is told from several sides
+	mu     sync.Mutex // guards the rest: the end is told from several sides
+	ended  bool
 	pass   pass
 	cancel context.CancelFunc
 }
 
 func (h *holding) end(err error) {
-	h.once.Do(func() {
-		h.pass.leaveStream(err)
-		h.cancel()
-	})
+	h.mu.Lock()
+	again := h.ended
+	h.ended = true
+	h.mu.Unlock()
+	if again {
+		return
+	}
+	h.pass.leaveStream(err)
+	h.cancel()
+}
+
+// passed ends the probe that a stream is, with its first message: that proves what there
+// is to prove, and a stream may live for longer than a probe has time.
+func (h *holding) passed() {
+	h.mu.Lock()
+	var p breaker.Permit
+	if !h.ended { // else it is the end's
+		p, h.pass.permit = h.pass.permit, breaker.Permit{}
+	}
+	h.mu.Unlock()
+	p.DoneStream(nil)
 }
 
 // open opens a stream that has been let in.

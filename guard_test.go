@@ -480,3 +480,39 @@ func TestRefusalsCountForNobody(t *testing.T) {
 		}
 	})
 }
+
+// Streams that live for longer than a probe has time close a breaker all the same: the first
+// message of each is its success. Those that fail count when they end.
+func TestStreamsAsProbes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := byKey(t, 3)
+		kv, _ := client(t, f, policy(t, `{"methodConfig": [{"name": [{}], "circuitBreaker": {"minimumCalls": 4, "openFor": "10s"}}]}`))
+		open := func(key string) error {
+			s, err := kv.Scan(t.Context(), &kvpb.Request{Key: key})
+			if err != nil {
+				return err
+			}
+			for err == nil && key != "wait" {
+				_, err = s.Recv()
+			}
+			if key == "wait" {
+				_, err = s.Recv()
+			}
+			return err
+		}
+		for range 4 {
+			if err := open("fail"); status.Code(err) != codes.Unavailable || errors.Is(err, breaker.ErrOpen) {
+				t.Fatalf("%v, want the server's own failure, after its message", err)
+			}
+		}
+		if err := open("wait"); !errors.Is(err, breaker.ErrOpen) {
+			t.Fatalf("%v, want the breaker open", err)
+		}
+		time.Sleep(20 * time.Second)
+		for i := range 20 {
+			if err := open("wait"); err != nil {
+				t.Fatalf("stream %d: %v: each is a success with its first message", i+1, err)
+			}
+		}
+	})
+}

@@ -100,7 +100,7 @@ func (f *policyFile) apply(text []byte) error {
 // keep tells a problem unless it is the one that was told last; text is nil if the file
 // could not be read.
 func (f *policyFile) keep(text []byte, err error) {
-	if text == nil && f.refused == nil && f.problem == err.Error() {
+	if text == nil && f.problem == err.Error() {
 		return
 	}
 	f.refused, f.problem = text, err.Error()

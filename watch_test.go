@@ -204,6 +204,14 @@ func TestWatchBadFile(t *testing.T) {
 		if w.client.current.Load() != was {
 			t.Error("the content in force was applied again")
 		}
+		for range 2 { // the same again, each time it changes
+			w.write(faulty)
+			w.pass(time.Minute)
+			w.inForce(2, 1, 0)
+			w.write(timed(2))
+			w.pass(time.Minute)
+			w.inForce(2, 0, 1)
+		}
 		w.write(faulty)
 		w.pass(time.Second)
 		w.inForce(2, 1, 0)
@@ -218,6 +226,9 @@ func TestWatchMissingThenAppears(t *testing.T) {
 		w := watch(t, "")
 		w.pass(time.Minute)
 		w.inForce(1, 1, 0, "no such file")
+		w.write("") // and is empty
+		w.pass(time.Minute)
+		w.inForce(1, 1, 0)
 		w.write(timed(2))
 		w.pass(time.Second)
 		w.inForce(2, 0, 1)

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"slices"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -13,6 +11,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/internal/permethod"
+	"github.com/bobtail-rpc/bobtail/internal/rpc"
 )
 
 // ClientConfig bounds the calls of each method of each target by itself. At least one of
@@ -152,62 +151,26 @@ func (gs *gates) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 	if g.bulkhead == nil {
 		return streamer(ctx, desc, cc, method, opts...)
 	}
-	s := &stream{single: !desc.ServerStreams, gate: g}
+	var once sync.Once // the end is told from several sides
+	end := func(error) { once.Do(g.leave) }
 	opened := false
 	defer func() {
 		if !opened { // it failed, or an interceptor below panicked
-			s.end()
+			end(nil)
 		}
 	}()
-	// grpc runs OnFinish when the call ends by itself, when its context ends and when the
-	// connection is closed, also if nobody receives. Clipped, because the list is the
-	// caller's.
-	inner, err := streamer(ctx, desc, cc, method, append(slices.Clip(opts), grpc.OnFinish(func(error) { s.end() }))...)
+	opts, watch := rpc.Watch(desc, opts, end, nil)
+	s, err := streamer(ctx, desc, cc, method, opts...)
 	if err != nil {
-		return inner, err
+		return s, err
 	}
 	opened = true
-	s.ClientStream = inner
-	return s, nil
-}
-
-// stream holds a place until its end. It watches for that beside OnFinish because an
-// interceptor below may answer with a stream of its own, and leave the options alone.
-type stream struct {
-	grpc.ClientStream
-	single bool // the server sends one message, which is the end
-	gate   *gate
-	ended  sync.Once // the end is told from several sides, and by several goroutines
-}
-
-func (s *stream) end() { s.ended.Do(s.gate.leave) }
-
-// RecvMsg implements grpc.ClientStream.
-func (s *stream) RecvMsg(m any) error {
-	err := s.ClientStream.RecvMsg(m)
-	if err != nil || s.single {
-		s.end()
-	}
-	return err
-}
-
-// SendMsg implements grpc.ClientStream.
-func (s *stream) SendMsg(m any) error {
-	err := s.ClientStream.SendMsg(m)
-	// EOF says only that RecvMsg has the status.
-	if err != nil && !errors.Is(err, io.EOF) {
-		s.end()
-	}
-	return err
+	return watch(s), nil
 }
 
 // finish runs the caller's OnFinish options, as grpc does for a call that it fails itself,
 // and returns err.
 func finish(opts []grpc.CallOption, err error) error {
-	for _, o := range opts {
-		if f, ok := o.(grpc.OnFinishCallOption); ok {
-			f.OnFinish(err)
-		}
-	}
+	rpc.Finish(opts, err)
 	return err
 }
