@@ -32,16 +32,16 @@ var builtin = []struct {
 	{"p2c", "bobtail's balancer alone: the faster of two backends drawn at random", embedded("p2c")},
 	{"hedge-10ms", "a second attempt elsewhere once 10 ms have passed, for at most 5% of calls", embedded("hedge-10ms")},
 	{"hedge", "the same, after the time that 95% of calls need, as measured while running", embedded("hedge")},
-	{"retry", "up to 4 attempts of what is UNAVAILABLE, within 5% of extra load in any second", embedded("retry")},
-	{"retry-naive", "the same by grpc's own retry, with nothing that bounds the load", serviceConfig(naiveConfig)},
-	{"breaker", "a circuit breaker alone: calls fail here while most of them fail there", embedded("breaker")},
+	{"retry", "p2c, and up to 4 attempts of what is UNAVAILABLE, within 5% of extra load in any second", embedded("retry")},
+	{"retry-naive", "up to 4 attempts by grpc's own retry over round_robin, with nothing that bounds the load", serviceConfig(naiveConfig)},
+	{"breaker", "p2c, and a circuit breaker: calls fail here while half of them fail there", embedded("breaker")},
 	{"full", "what bobtail does by default", func() ([]grpc.DialOption, error) { return install(bobtail.DefaultPolicy()) }},
 }
 
 const noneConfig = `{"loadBalancingConfig":[{"round_robin":{}}]}`
 
-// naiveConfig has the backoff of policies/retry.json and no retryThrottling: what
-// the examples of gRPC's retry guide lead to.
+// naiveConfig has the policy of policies/retry.json in grpc-go's own hands: its jitter is
+// another (x U(0.8, 1.2) instead of full), and without retryThrottling nothing bounds it.
 const naiveConfig = `{
   "loadBalancingConfig": [{"round_robin": {}}],
   "methodConfig": [{

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"math"
+	"strings"
 	"testing"
 
 	"github.com/bobtail-rpc/bobtail/bench/report"
@@ -41,7 +42,6 @@ func TestVirtualOutageScenario(t *testing.T) {
 		policies = append(policies, "none", "full")
 	}
 	runs := sideBySide(t, named(t, "outage"), seed, policies...)
-	// 5%, and what a budget may do at once: one attempt, and a tenth of a window.
 	if a := *runs["retry"].Faults.During.AttemptsPerCall; a > 1+0.05+0.02 {
 		t.Errorf("retry: %.3f attempts per call in the outage, want at most 1.07", a)
 	}
@@ -51,7 +51,12 @@ func TestVirtualOutageScenario(t *testing.T) {
 	for _, name := range policies {
 		within := 2.0
 		if name == "breaker" {
-			within = 8 // once open it stays so for 5 s, and probes with one call at first
+			// Open half way into the outage, for 5 to 6.25 s, it refuses calls that would
+			// have succeeded, and before that some that would have failed.
+			within = 6
+			if a, s := *runs[name].Faults.During.AttemptsPerCall, runs[name].Faults.RecoveredS; a > 0.7 || s == nil || *s < 1 {
+				t.Errorf("breaker: %s, want it open for the latter half of the outage, and a while after it", line(runs[name]))
+			}
 		}
 		recovers(t, runs[name], within)
 	}
@@ -60,7 +65,11 @@ func TestVirtualOutageScenario(t *testing.T) {
 // One attempt in five fails for a while: what retries cure, a budget of 5% cures a
 // quarter of.
 func TestVirtualErrorBurst(t *testing.T) {
-	runs := sideBySide(t, named(t, "error-burst"), seed, "none", "retry-naive", "retry", "full")
+	sc := named(t, "error-burst")
+	if testing.Short() { // one burst of the two
+		sc.Requests /= 2
+	}
+	runs := sideBySide(t, sc, seed, "none", "retry-naive", "retry", "full")
 	share := func(name string) float64 { return *runs[name].Faults.During.GoodputShare }
 	if s := share("none"); math.Abs(s-0.8) > 0.05 {
 		t.Errorf("none: a goodput of %.3f in the burst, want 0.8", s)
@@ -76,12 +85,10 @@ func TestVirtualErrorBurst(t *testing.T) {
 	}
 	// Its window is 10 s: it may spend in 5 what it has saved in the 5 before.
 	if in, all := *runs["full"].Faults.During.AttemptsPerCall, *runs["full"].AttemptsPerCall; in > 1.12 || all > 1.06 {
-		t.Errorf("full: %.3f attempts per call in the burst, %.3f over all, want at most 1.11 and 1.055", in, all)
+		t.Errorf("full: %.3f attempts per call in the burst, %.3f over all, want at most 1.12 and 1.06", in, all)
 	}
-	for _, name := range []string{"retry", "full"} {
-		if share(name) < share("none") {
-			t.Errorf("%s: a goodput of %.3f in the burst, none has %.3f", name, share(name), share("none"))
-		}
+	if share("full") < share("none")+0.02 {
+		t.Errorf("full: a goodput of %.3f in the burst, none has %.3f", share("full"), share("none"))
 	}
 }
 
@@ -89,6 +96,9 @@ func TestVirtualErrorBurst(t *testing.T) {
 // balancer learns to leave it alone.
 func TestVirtualBlackhole(t *testing.T) {
 	sc := named(t, "blackhole")
+	if testing.Short() {
+		sc.Requests = 2000
+	}
 	hole := sideBySide(t, sc, seed, "none", "full")
 	if share := float64(hole["none"].Errors) / float64(hole["none"].Calls); math.Abs(share-0.2) > 0.01 {
 		t.Errorf("none: %.3f of requests fail, want the fifth that meets it", share)
@@ -113,7 +123,11 @@ func TestVirtualMetastable(t *testing.T) {
 		sc.Rate, sc.Requests = sc.Rate/10, sc.Requests/10
 		sc.ServiceTime[0].Constant.Value *= 10
 	}
-	runs := sideBySide(t, sc, seed, "none", "retry-naive", "retry", "full")
+	policies := []string{"none", "retry-naive", "full"}
+	if !testing.Short() {
+		policies = append(policies, "retry")
+	}
+	runs := sideBySide(t, sc, seed, policies...)
 	if s := runs["retry-naive"].Faults.RecoveredS; s != nil {
 		t.Errorf("retry-naive recovers after %v s, want never", *s)
 	}
@@ -124,10 +138,34 @@ func TestVirtualMetastable(t *testing.T) {
 	if s := runs["none"].Faults.RecoveredS; s == nil || *s < 115 || *s > 135 {
 		t.Errorf("none: %s, want that it recovers after about 125 s", line(runs["none"]))
 	}
-	recovers(t, runs["full"], 160)
-	// A budget of 5% takes 14 of the 20 calls/s by which the backlog shrinks: it would
-	// recover after nearly eight minutes. What a budget does hold is its bound.
+	// With the default policy it takes no longer than that: extra attempts are bounded, and
+	// adaptive throttling keeps away what the server has no time for.
+	recovers(t, runs["full"], min(110, *runs["none"].Faults.RecoveredS))
+	if testing.Short() {
+		return
+	}
+	// A budget of 5% takes 14 of the 20 calls/s by which the backlog shrinks, so it is not
+	// back within the run. What it does hold is its bound.
 	if a := *runs["retry"].AttemptsPerCall; a > 1.055 {
-		t.Errorf("retry: %.3f attempts per call, want at most 1.05", a)
+		t.Errorf("retry: %.3f attempts per call, want at most 1.055", a)
+	}
+}
+
+// One retry, as in the paper: the server is kept at twice the load, for good.
+func TestVirtualMetastableOnce(t *testing.T) {
+	if testing.Short() {
+		t.Skip("100 s of 280 requests/s; TestVirtualMetastable has the like")
+	}
+	sc := named(t, "metastable")
+	sc.Requests /= 2
+	once := strings.Replace(naiveConfig, `"maxAttempts": 4`, `"maxAttempts": 2`, 1)
+	p, err := newPolicy("once", serviceConfig(once))
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := sideBySideOf(t, sc, seed, p)["once"]
+	last := run.Timeline[len(run.Timeline)-5]
+	if run.Faults.RecoveredS != nil || last.Goodput > 0.05*sc.Rate || *last.AttemptsPerCall < 1.95 {
+		t.Errorf("%s, at the end %+v, want it stuck at 560 attempts/s", line(run), last)
 	}
 }

@@ -111,16 +111,25 @@ func drive(t *testing.T, sc *scenario.Scenario, seed uint64, start time.Time, n 
 // sideBySide runs a scenario's whole comparison in virtual time.
 func sideBySide(t *testing.T, sc *scenario.Scenario, seed uint64, policies ...string) map[string]report.Run {
 	t.Helper()
+	var all []policy
+	for _, name := range policies {
+		p, err := findPolicy(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+	return sideBySideOf(t, sc, seed, all...)
+}
+
+func sideBySideOf(t *testing.T, sc *scenario.Scenario, seed uint64, policies ...policy) map[string]report.Run {
+	t.Helper()
 	runs := map[string]report.Run{}
 	synctest.Test(t, func(t *testing.T) {
 		c := experiment.Config{Scenario: sc, Seed: seed, Block: 500 * time.Millisecond, Warmup: time.Second, Sleep: virtualSleep}
-		for _, name := range policies {
-			p, err := findPolicy(name)
-			if err != nil {
-				t.Fatal(err)
-			}
+		for _, p := range policies {
 			cc := virtualFleet(t, sc, seed, nil).Dial(append(p.opts, load.CountAttempts())...)
-			c.Arms = append(c.Arms, experiment.Arm{Name: name, Conn: cc})
+			c.Arms = append(c.Arms, experiment.Arm{Name: p.name, Conn: cc})
 		}
 		r, err := experiment.Run(t.Context(), c)
 		if err != nil {

@@ -34,7 +34,7 @@ func (s storm) String() string {
 
 // brew runs the storm: clients, each with a connection and a state of its own,
 // share the scenario's requests; every backend is out from 10 s to 15 s of 25 s.
-func brew(t *testing.T, clients int, rate float64, make options) (s storm) {
+func brew(t *testing.T, clients int, rate float64, policy options) (s storm) {
 	t.Helper()
 	sc := named(t, "outage")
 	sc.Rate = rate
@@ -47,7 +47,7 @@ func brew(t *testing.T, clients int, rate float64, make options) (s storm) {
 		f := virtualFleet(t, sc, seed, &o)
 		var callers []*load.Caller
 		for range clients {
-			opts, err := make()
+			opts, err := policy()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -107,16 +107,16 @@ func judge(all []ended, attempts []arrived, start time.Time, out scenario.Span, 
 	return s
 }
 
-// careful is the policy of TestVirtualOutage. An outage meets all clients at once, so
-// their budgets are spent when it begins and again a window later, together: only
-// what waits about as long as the budget does is sent when the backends are back. With
-// the 50 ms of policies/retry.json no request is saved, with 250 ms one or two.
+// careful is the policy of TestVirtualOutage, but for its first backoff. An outage meets all
+// clients at once, so their budgets are spent when it begins and again a window later,
+// together: only what waits about as long as the budget does is sent when the backends are
+// back.
 const careful = `{
   "extraLoad": {"max": 0.05, "window": "2s"},
   "methodConfig": [{
     "name": [{"service": "kv.KV", "method": "Get"}],
     "retryPolicy": {
-      "maxAttempts": 4, "initialBackoff": "1s", "maxBackoff": "2s", "backoffMultiplier": 2,
+      "maxAttempts": 4, "initialBackoff": %q, "maxBackoff": "2s", "backoffMultiplier": 2,
       "retryableStatusCodes": ["UNAVAILABLE"]
     }
   }]
@@ -131,19 +131,25 @@ func TestVirtualOutage(t *testing.T) {
 	if testing.Short() {
 		clients, rate = 25, 400
 	}
-	s := brew(t, clients, rate, parsed([]byte(careful)))
-	t.Log("retry:      ", s)
-	if s.attempts > 1.10 || s.inOutage > 1.10 {
-		t.Errorf("%.3f attempts per request, %.3f in the outage, want at most 1.10", s.attempts, s.inOutage)
-	}
-	if s.peak > 2.3 {
-		t.Errorf("a peak of %.2f times the load, want at most 2.3", s.peak)
-	}
-	if s.saved == 0 {
-		t.Error("no request was saved by a retry")
-	}
-	if s.failedAfter > 0 {
-		t.Errorf("%d requests failed after the outage", s.failedAfter)
+	for _, backoff := range []string{"1s", "0.5s", "0.05s"} {
+		s := brew(t, clients, rate, parsed(fmt.Appendf(nil, careful, backoff)))
+		t.Logf("retry, backoff from %s: %v", backoff, s)
+		if s.attempts > 1.10 || s.inOutage > 1.10 {
+			t.Errorf("%s: %.3f attempts per request, %.3f in the outage, want at most 1.10", backoff, s.attempts, s.inOutage)
+		}
+		if s.peak > 2.3 {
+			t.Errorf("%s: a peak of %.2f times the load, want at most 2.3", backoff, s.peak)
+		}
+		// With 50 ms all retries are over before the outage is.
+		if s.saved == 0 && backoff != "0.05s" {
+			t.Errorf("%s: no request was saved by a retry", backoff)
+		}
+		if s.failedAfter > 0 {
+			t.Errorf("%s: %d requests failed after the outage", backoff, s.failedAfter)
+		}
+		if testing.Short() {
+			break
+		}
 	}
 	if testing.Short() {
 		return
@@ -157,5 +163,11 @@ func TestVirtualOutage(t *testing.T) {
 	t.Log("none:       ", none)
 	if none.attempts != 1 || none.saved != 0 {
 		t.Errorf("without a policy: %v, want one attempt each", none)
+	}
+	// That requests fail after the outage can be seen at all: a breaker makes some.
+	broken := brew(t, clients, rate, embedded("breaker"))
+	t.Log("breaker:    ", broken)
+	if broken.failedAfter == 0 {
+		t.Errorf("with a breaker: %v, want requests that fail after the outage", broken)
 	}
 }

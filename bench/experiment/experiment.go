@@ -98,7 +98,8 @@ func Run(ctx context.Context, c Config) (*report.Report, error) {
 	for i, arm := range c.Arms {
 		p := report.Policy{Name: arm.Name}
 		for _, t := range tallies[i] {
-			if b := t.block(c.Scenario.Fanout); len(b.Latencies)+b.Errors > 0 {
+			// One without requests counts too: it is time in which nothing succeeded.
+			if b := t.block(c.Scenario.Fanout); b.Length > 0 {
 				p.Blocks = append(p.Blocks, b)
 			}
 		}

@@ -10,6 +10,10 @@ import (
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
 
+// maxPhase bounds how much later than the first the last policy sends, side by side: less
+// than what a timeline shows.
+const maxPhase = 10 * time.Millisecond
+
 // runner sends the blocks of one comparison.
 type runner struct {
 	Config
@@ -47,7 +51,7 @@ func (r *runner) inTurns() {
 		}
 		for turn := range r.Arms {
 			i := (round + turn) % len(r.Arms)
-			sent := r.send(i, b, start)
+			sent := r.send(i, b, start, 0)
 			start = start.Add(b.length)
 			if r.ctx.Err() != nil {
 				return
@@ -59,8 +63,11 @@ func (r *runner) inTurns() {
 	}
 }
 
-// sideBySide: all policies send block after block at the same moments.
+// sideBySide: all policies send block after block at the same time, each a little later
+// than the one before it. At the very same instants their requests would queue for the
+// processors behind each other: with five policies that made a p99 of 5.0 ms one of 6.9.
 func (r *runner) sideBySide() {
+	gap := min(time.Duration(float64(time.Second)/r.Scenario.Rate), maxPhase)
 	p := newPlan(r.Config)
 	progress := Progress{Total: r.expected() * len(r.Arms)}
 	start := time.Now()
@@ -72,7 +79,8 @@ func (r *runner) sideBySide() {
 		}
 		var arms sync.WaitGroup
 		for i := range r.Arms {
-			arms.Go(func() { sent[i] = r.send(i, b, start) })
+			phase := gap * time.Duration(i) / time.Duration(len(r.Arms))
+			arms.Go(func() { sent[i] = r.send(i, b, start, phase) })
 		}
 		arms.Wait()
 		start = start.Add(b.length)
@@ -87,16 +95,16 @@ func (r *runner) sideBySide() {
 	}
 }
 
-// send sends a block of one policy and returns the number of its requests. It is
-// called for one policy at a time, for different ones at once.
-func (r *runner) send(arm int, b block, start time.Time) int {
+// send sends a block of one policy, all of it later by phase, and returns the number of
+// its requests. It is called for one policy at a time, for different ones at once.
+func (r *runner) send(arm int, b block, start time.Time, phase time.Duration) int {
 	t := &tally{at: b.offset, length: b.length}
 	caller := &load.Caller{
 		Client: r.clients[arm], Fanout: r.Scenario.Fanout, Attempts: &t.attempts,
 		// Each policy's block plays at the same place of the timeline.
-		Epoch: start.Add(-b.offset),
+		Epoch: start.Add(phase - b.offset),
 	}
-	sent := r.generator.Run(r.ctx, r.base, load.Block{Start: start, At: b.at, FirstID: b.firstID, Send: caller.Send, Record: t.record})
+	sent := r.generator.Run(r.ctx, r.base, load.Block{Start: start.Add(phase), At: b.at, FirstID: b.firstID, Send: caller.Send, Record: t.record})
 	if r.ctx.Err() != nil {
 		t.length = min(t.length, max(time.Since(start), 0))
 	}

@@ -2,6 +2,8 @@ package report
 
 import (
 	"bytes"
+	"cmp"
+	"slices"
 	"time"
 
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
@@ -19,9 +21,8 @@ type Recovery struct {
 	// that ended until goodput is at least 95% of what is offered and stays so for
 	// a second. null: not within the run, or no fault ended.
 	RecoveredS *float64 `json:"recovered_s"`
-
-	// ended says that a fault ended in the run: a nil RecoveredS is then "never".
-	ended bool
+	// Ended says that a fault ended in the run: then a null RecoveredS is "never".
+	Ended bool `json:"ended"`
 }
 
 // Phase is one of them. A nil is what no request says.
@@ -59,27 +60,26 @@ func (p Policy) recovery(s *scenario.Scenario) *Recovery {
 		}
 	}
 	r := &Recovery{Before: phase(before), During: phase(during), After: phase(after)}
-	for i, span := range spans {
+	// The last that ended: faults are in order, and as a rule all but the last one have.
+	for i, span := range slices.Backward(spans) {
 		if span.To >= end {
-			break
+			continue
 		}
 		until := end
 		if i+1 < len(spans) {
 			until = spans[i+1].From
 		}
-		r.ended = true
+		r.Ended = true
 		r.RecoveredS = recovered(p.Blocks, scenario.Span{From: span.To, To: until})
+		break
 	}
 	return r
 }
 
+// in reports whether one of the spans, which are in order and apart, contains at.
 func in(spans []scenario.Span, at time.Duration) bool {
-	for _, s := range spans {
-		if s.Contains(at) {
-			return true
-		}
-	}
-	return false
+	i, _ := slices.BinarySearchFunc(spans, at, func(s scenario.Span, at time.Duration) int { return cmp.Compare(s.To, at) })
+	return i < len(spans) && spans[i].Contains(at) || i+1 < len(spans) && spans[i+1].Contains(at)
 }
 
 func phase(blocks []Block) Phase {
@@ -131,7 +131,7 @@ func (r *Report) recoveries(w *bytes.Buffer, runs []Run) {
 		switch {
 		case f.RecoveredS != nil:
 			after = number(*f.RecoveredS) + " s"
-		case f.ended:
+		case f.Ended:
 			after = "never"
 		}
 		rows = append(rows, []string{run.Policy, optional(f.During.AttemptsPerCall, fixed(3)),

@@ -69,17 +69,17 @@ func TestRecovery(t *testing.T) {
 		{"no fault", nil, shares(100), nil},
 		{"always", []scenario.Fault{{}}, shares(100), nil},
 		{"once", []scenario.Fault{once}, shares(100, 90, 20, 0, 50, 100, 100), &Recovery{
-			Before: Phase{f(1.05), f(0.95)}, During: Phase{f(1.9), f(0.1)}, After: Phase{f(1 + 0.5/3), f(2.5 / 3)}, RecoveredS: f(0.5), ended: true}},
+			Before: Phase{f(1.05), f(0.95)}, During: Phase{f(1.9), f(0.1)}, After: Phase{f(1 + 0.5/3), f(2.5 / 3)}, RecoveredS: f(0.5), Ended: true}},
 		{"twice", []scenario.Fault{{From: half(2), For: half(2), Every: half(6)}}, shares(100, 100, 0, 0, 100, 100, 100, 100, 0, 0, 0, 0, 100, 100), &Recovery{
-			Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}, After: Phase{f(1.25), f(0.75)}, RecoveredS: f(1), ended: true}},
+			Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}, After: Phase{f(1.25), f(0.75)}, RecoveredS: f(1), Ended: true}},
 		{"never well again", []scenario.Fault{once}, shares(100, 100, 0, 0, 0, 0), &Recovery{
-			Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}, After: Phase{f(2), f(0)}, ended: true}},
+			Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}, After: Phase{f(2), f(0)}, Ended: true}},
 		{"cut off in it", []scenario.Fault{once}, shares(100, 100, 0), &Recovery{
 			Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}}},
 		{"ends as the run does", []scenario.Fault{once}, shares(100, 100, 0, 0), &Recovery{
 			Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}}},
 		{"cut off in the second", []scenario.Fault{{From: half(2), For: half(2), Every: half(6)}}, shares(100, 100, 0, 0, 0, 100, 100, 100, 0), &Recovery{
-			Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}, After: Phase{f(1.25), f(0.75)}, RecoveredS: f(0.5), ended: true}},
+			Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}, After: Phase{f(1.25), f(0.75)}, RecoveredS: f(0.5), Ended: true}},
 		{"cut off before it", []scenario.Fault{once}, shares(100), &Recovery{Before: Phase{f(1), f(1)}}},
 		{"without end", []scenario.Fault{{From: half(1)}}, shares(100, 0), &Recovery{Before: Phase{f(1), f(1)}, During: Phase{f(2), f(0)}}},
 	} {

@@ -7,6 +7,7 @@
 package report
 
 import (
+	"slices"
 	"time"
 
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
@@ -124,7 +125,7 @@ func (p Policy) run(seed uint64) Run {
 	run.WastedPerCall = quotient(float64(attempts-callsOK), float64(calls))
 	run.GoodputPerS = quotient(float64(ok), length.Seconds())
 
-	s := newSample(p.Blocks)
+	s := newSample(slices.DeleteFunc(slices.Clone(p.Blocks), func(b Block) bool { return b.requests() == 0 }))
 	points := s.quantiles(levels[:])
 	intervals := s.bootstrap(seed, levels[:])
 	for i, to := range [...]struct {

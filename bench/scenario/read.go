@@ -80,6 +80,9 @@ func (r *reader) scenario(c cursor) *Scenario {
 		s.Faults = append(s.Faults, r.faultOf(k, s.Backends))
 	}
 	r.still(c, s)
+	if s.TimedFaults() && !s.SideBySide {
+		r.fault(c.path+".faults", "some begin or end, want \"sideBySide\": true with them: between a policy's turns its budgets and breakers would recover")
+	}
 	return s
 }
 
