@@ -113,7 +113,7 @@ func parsed(doc []byte) options {
 
 // install installs a policy as any user of the library would.
 func install(p bobtail.Policy) ([]grpc.DialOption, error) {
-	c, err := bobtail.NewClient(p)
+	c, err := bobtail.NewClient(p, bobtail.WithLogger(nil))
 	if err != nil {
 		return nil, err
 	}
