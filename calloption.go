@@ -78,11 +78,12 @@ func (m *method) overridden(ctx context.Context, opts []grpc.CallOption) *method
 		return m
 	}
 	other := *m
-	if o.noHedge {
-		other.hedger = nil
+	// What opts out of further attempts still says how the server is.
+	if o.noHedge && m.hedger != nil {
+		other.hedger, other.counts = nil, m.hedger.Counts
 	}
-	if o.noRetry {
-		other.retrier = nil
+	if o.noRetry && m.retrier != nil {
+		other.retrier, other.counts = nil, m.retrier.Counts
 	}
 	if o.noRefusal {
 		other.guard = nil

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
@@ -98,7 +99,7 @@ func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 	if held.pass.permit.Probe() {
 		first = held.passed
 	}
-	opts, watch := rpc.Watch(desc, opts, held.end, first)
+	opts, watch := rpc.Watch(ctx, desc, opts, held.end, first)
 	s, err := m.open(ctx, desc, cc, name, streamer, opts...)
 	if opened = err; err != nil {
 		return s, err
@@ -122,8 +123,8 @@ func (h *holding) end(err error) {
 	if again {
 		return
 	}
+	defer h.cancel() // a change of the breaker is told to somebody's logger
 	h.pass.leaveStream(err)
-	h.cancel()
 }
 
 // passed ends the probe that a stream is, with its first message: that proves what there
@@ -164,11 +165,15 @@ func (m *method) first() {
 	}
 }
 
-// ended tells A6 throttling of a call that makes one attempt. No code is retryable for
-// such a method, so only its successes count.
+// ended tells A6 throttling of a call that makes one attempt. As a rule no code is
+// retryable for such a method, so only its successes count.
 func (m *method) ended(err error) {
-	if m.throttle != nil && err == nil {
+	switch {
+	case m.throttle == nil:
+	case err == nil:
 		m.throttle.Success()
+	case m.counts != nil && m.counts(status.Code(err)):
+		m.throttle.Failure()
 	}
 }
 

@@ -323,8 +323,9 @@ func (r *reader) codes(key string) []codes.Code {
 				continue
 			}
 		case json.Number:
-			v, err := strconv.ParseUint(n.String(), 10, 32)
-			if err != nil || v > uint64(codes.Unauthenticated) {
+			// grpc-java reads every number as a double, and so accepts 14.0.
+			v, err := n.Float64()
+			if err != nil || v != math.Trunc(v) || v < 0 || v > float64(codes.Unauthenticated) {
 				r.fault(at, "%s, want a gRPC status code, 1 to 16", n)
 				continue
 			}

@@ -54,25 +54,37 @@ type pass struct {
 // nobody waits for a turn that the bulkhead would then refuse.
 func (g *guard) enter(ctx context.Context) (p pass, err error) {
 	p.guard = g
+	// Whatever was taken before a refusal, or before a panic in somebody's hook, goes back.
+	err = errAbandoned
+	defer func() {
+		if err != nil {
+			p.leave(err)
+			p = pass{}
+		}
+	}()
+	err = g.fill(ctx, &p)
+	return p, err
+}
+
+// fill takes for p what the parts of the guard give.
+func (g *guard) fill(ctx context.Context, p *pass) error {
 	if g.bulkhead != nil {
 		if err := g.bulkhead.Enter(); err == nil {
 			p.held = true
 		} else if err := g.refuse(ctx, err); err != nil {
-			return p, err
+			return err
 		}
 	}
 	if g.rate != nil {
 		if err := g.turn(ctx); err != nil {
-			p.leave(err)
-			return pass{}, err
+			return err
 		}
 	}
 	if g.throttle != nil {
 		if err := g.throttle.Admit(time.Now(), rand.Float64()); err == nil {
 			p.counted = true
 		} else if err := g.refuse(ctx, err); err != nil {
-			p.leave(err)
-			return pass{}, err
+			return err
 		}
 	}
 	if g.breaker != nil {
@@ -80,11 +92,10 @@ func (g *guard) enter(ctx context.Context) (p pass, err error) {
 		if err == nil {
 			p.permit, p.asked = permit, true
 		} else if err := g.refuse(ctx, err); err != nil {
-			p.leave(err)
-			return pass{}, err
+			return err
 		}
 	}
-	return p, nil
+	return nil
 }
 
 // turn waits for the rate limit.
@@ -147,25 +158,31 @@ func (k *kept) guard(c *Client, m *method, e *entry, name string) error {
 	}
 	g := &guard{method: name, shadow: e.mode == modeShadow, report: c.refusalReports}
 	if e.maxInFlight > 0 {
-		if k.bulkhead == nil || k.bulkheadOf != e.maxInFlight {
-			b, err := shedding.NewBulkhead(e.maxInFlight, name)
-			if err != nil {
-				return err
-			}
-			k.bulkhead, k.bulkheadOf = b, e.maxInFlight
+		// Resized, not replaced: a new one would not know of the calls in flight.
+		var err error
+		if k.bulkhead == nil {
+			k.bulkhead, err = shedding.NewBulkhead(e.maxInFlight, name)
+		} else {
+			err = k.bulkhead.Resize(e.maxInFlight)
+		}
+		if err != nil {
+			return err
 		}
 		g.bulkhead = k.bulkhead
 	}
 	if e.rate != nil {
-		if k.rate == nil || k.rateOf != *e.rate {
-			cfg := *e.rate
+		var err error
+		switch cfg := *e.rate; {
+		case k.rate == nil:
 			cfg.Method = name
-			r, err := shedding.NewRateLimit(cfg)
-			if err != nil {
-				return err
-			}
-			k.rate, k.rateOf = r, *e.rate
+			k.rate, err = shedding.NewRateLimit(cfg)
+		case k.rateOf != cfg:
+			err = k.rate.Reconfigure(cfg)
 		}
+		if err != nil {
+			return err
+		}
+		k.rateOf = *e.rate
 		g.rate = k.rate
 	}
 	if e.throttling != nil {

@@ -516,3 +516,132 @@ func TestStreamsAsProbes(t *testing.T) {
 		}
 	})
 }
+
+// However a stream ends, its place is free: the connection is closed, or its caller leaves
+// while an interceptor keeps the options to itself.
+func TestStreamsThatEndElsewhere(t *testing.T) {
+	const retries = `, "retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.01s", "maxBackoff": "0.1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}`
+	const hedges = `, "idempotent": true, "hedgingPolicy": {"maxAttempts": 2, "hedgingDelay": "1s"}`
+	drop := grpc.WithChainStreamInterceptor(func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, m string, st grpc.Streamer, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+		return st(ctx, d, cc, m)
+	})
+	for _, extra := range []string{"", retries, hedges} {
+		for _, closed := range []bool{true, false} {
+			synctest.Test(t, func(t *testing.T) {
+				f := byKey(t, 3)
+				c, err := bobtail.NewClient(policy(t, `{"methodConfig": [{"name": [{}], "maxInFlight": 1`+extra+`}]}`), bobtail.WithLogger(nil))
+				if err != nil {
+					t.Fatal(err)
+				}
+				opts := c.DialOptions()
+				if !closed {
+					opts = append(opts, drop)
+				}
+				cc := f.Dial(opts...)
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				s, err := kvpb.NewKVClient(cc).Scan(ctx, &kvpb.Request{Key: "wait"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := s.Recv(); err != nil {
+					t.Fatal(err)
+				}
+				if closed {
+					cc.Close()
+				} else {
+					cancel()
+				}
+				synctest.Wait()
+				if _, err := kvpb.NewKVClient(f.Dial(c.DialOptions()...)).Scan(t.Context(), &kvpb.Request{}); err != nil {
+					t.Errorf("%q, connection closed %v: %v, want the place free", extra, closed, err)
+				}
+			})
+		}
+	}
+}
+
+// A hook that panics takes no place with it.
+func TestReportPanics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := byKey(t, 3)
+		boom := true
+		kv, _ := client(t, f, policy(t, `{"methodConfig": [{"name": [{}], "maxInFlight": 1, "rateLimit": {"perSecond": 1, "burst": 1}}]}`),
+			bobtail.WithRefusalReports(func(context.Context, bobtail.Refusal) {
+				if boom {
+					panic("hook")
+				}
+			}))
+		if err := get(t.Context(), kv, ""); err != nil {
+			t.Fatal(err)
+		}
+		func() {
+			defer func() {
+				if recover() != "hook" {
+					t.Error("the panic is lost")
+				}
+			}()
+			ctx, cancel := context.WithTimeout(t.Context(), ms)
+			defer cancel()
+			get(ctx, kv, "")
+		}()
+		boom = false
+		time.Sleep(time.Minute)
+		if err := get(t.Context(), kv, ""); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A bound that is lowered counts those who are in flight, and a rate that is changed what
+// was used.
+func TestUpdateTightens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := byKey(t, 3)
+		kv, c := client(t, f, policy(t, `{"methodConfig": [{"name": [{}], "maxInFlight": 20}]}`))
+		ctx, cancel := context.WithCancel(t.Context())
+		for range 20 {
+			go get(ctx, kv, "wait")
+		}
+		synctest.Wait()
+		if err := c.Update(policy(t, `{"methodConfig": [{"name": [{}], "maxInFlight": 10, "rateLimit": {"perSecond": 0.001, "burst": 5}}]}`)); err != nil {
+			t.Fatal(err)
+		}
+		for range 30 {
+			if err := get(ctx, kv, ""); !errors.Is(err, shedding.ErrBulkheadFull) {
+				t.Fatalf("%v, with 20 in flight of 10", err)
+			}
+		}
+		cancel()
+		synctest.Wait()
+		short, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		for range 5 {
+			if err := get(short, kv, ""); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := c.Update(policy(t, `{"methodConfig": [{"name": [{}], "maxInFlight": 10, "rateLimit": {"perSecond": 0.002, "burst": 4}}]}`)); err != nil {
+			t.Fatal(err)
+		}
+		if err := get(short, kv, ""); !errors.Is(err, shedding.ErrRateLimited) {
+			t.Errorf("%v, want the tokens as spent as they were", err)
+		}
+	})
+}
+
+// A call that opts out of retries still tells A6 throttling how the server is.
+func TestOptingOutCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := byKey(t, 3)
+		kv, _ := client(t, f, policy(t, `{"retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1}, "methodConfig": [{"name": [{}],
+			"retryPolicy": {"maxAttempts": 2, "initialBackoff": "0.01s", "maxBackoff": "0.1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`))
+		for range 6 {
+			get(t.Context(), kv, "fail", bobtail.NoRetry())
+		}
+		before := arrived(f)
+		if get(t.Context(), kv, "fail"); arrived(f)-before != 1 {
+			t.Errorf("%d attempts, want retries throttled after 6 failures", arrived(f)-before)
+		}
+	})
+}

@@ -172,6 +172,10 @@ func (d *document) policy(p *Policy, r *reader) {
 func (d *document) balancing(p *Policy, r *reader, passed map[string]json.RawMessage) {
 	old, named := r.text("loadBalancingPolicy")
 	if named {
+		// Of the proto enum that came before the name: "ROUND_ROBIN".
+		if lower := strings.ToLower(old); balancer.Get(old) == nil && balancer.Get(lower) != nil {
+			old = lower
+		}
 		if balancer.Get(old) == nil {
 			r.fault("loadBalancingPolicy", "%q is no registered balancer, want for instance %q", old, loadbalance.P2CName)
 		}

@@ -285,6 +285,7 @@ func TestServiceConfig(t *testing.T) {
 	for _, tc := range []struct{ text, want string }{
 		{`{}`, `{"loadBalancingConfig":[{"bobtail_p2c":{}}]}`},
 		{`{"loadBalancingPolicy": "round_robin"}`, `{"loadBalancingPolicy":"round_robin"}`},
+		{`{"loadBalancingPolicy": "ROUND_ROBIN"}`, `{"loadBalancingPolicy":"round_robin"}`},
 		{`{"loadBalancingConfig": [{"round_robin": {}}]}`, `{"loadBalancingConfig":[{"round_robin":{}}]}`},
 		{`{"methodConfig": [{"name": [{}], "timeout": "1s", "waitForReady": false}]}`,
 			`{"loadBalancingConfig":[{"bobtail_p2c":{}}],"methodConfig":[{"name":[{}],"waitForReady":false}]}`},
@@ -312,7 +313,7 @@ func TestForeignServiceConfig(t *testing.T) {
 	  }, {
 	    "name": [{"service": "helloworld.Greeter"}, {"service": "grpc.examples.echo.Echo"}],
 	    "retryPolicy": {"maxAttempts": 5.0, "initialBackoff": "0.5s", "maxBackoff": "30s", "backoffMultiplier": 2.0,
-	      "retryableStatusCodes": ["UNAVAILABLE", 4], "perAttemptRecvTimeout": "1s"},
+	      "retryableStatusCodes": ["UNAVAILABLE", 4, 14.0], "perAttemptRecvTimeout": "1s"},
 	    "waitForReady": true
 	  }],
 	  "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1}

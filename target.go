@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
@@ -21,7 +22,7 @@ import (
 const (
 	// maxTargets and maxMethods bound what a Client remembers. Targets beyond
 	// share the state of one; methods beyond are called as if no policy but the
-	// timeout applied. A method that is hedged takes about 64 KiB.
+	// timeout applied. A method that is hedged or retried takes about 64 KiB.
 	maxTargets = 1000
 	maxMethods = 1000
 )
@@ -59,7 +60,6 @@ type kept struct {
 	rate       *shedding.RateLimit
 	rateOf     shedding.RateLimitConfig
 	bulkhead   *shedding.Bulkhead
-	bulkheadOf int
 }
 
 // method is what the policy in force does to the calls of one method of one
@@ -71,6 +71,9 @@ type method struct {
 	retrier  *retry.Retrier  // nil: not retried
 	budget   *retry.Budget   // nil: no extraLoad
 	throttle *retry.Throttle // nil: no retryThrottling
+	// counts says which failures of a call that makes one attempt count for throttling;
+	// nil: none, for no code is retryable.
+	counts func(codes.Code) bool
 }
 
 func (c *Client) target(cc *grpc.ClientConn) *target {
@@ -191,9 +194,17 @@ func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *metho
 	k := t.kept[name]
 	if k == nil {
 		k = &kept{}
-		if len(t.kept) < maxMethods {
-			t.kept[name] = k
+		for old := range t.kept {
+			if len(t.kept) < maxMethods {
+				break
+			}
+			// One that the policy in force has not met yet, whichever: there is room for
+			// those that it has.
+			if _, met := t.table.Load().methods[old]; !met {
+				delete(t.kept, old)
+			}
 		}
+		t.kept[name] = k
 	}
 	hedge, retries, skipped := e.extra(name, named)
 	errs := errors.Join(k.guard(c, m, e, name), k.hedge(c, m, hedge, e.mode), k.retry(c, m, retries, e.mode))

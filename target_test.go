@@ -48,3 +48,29 @@ func TestMemoryIsBounded(t *testing.T) {
 		t.Errorf("%v allocations for a method beyond the bound, want no copy of the table", n)
 	}
 }
+
+// However many methods were called before, those that are called now keep what they have
+// learned over an Update that leaves them as they are.
+func TestKeptIsForThoseInUse(t *testing.T) {
+	c, err := NewClient(DefaultPolicy(), WithLogger(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	update := func() {
+		if err := c.Update(DefaultPolicy()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 2 * maxMethods {
+		c.method(nil, fmt.Sprintf("/old.S/M%d", i))
+	}
+	update()
+	first := c.method(nil, "/new.S/M")
+	update()
+	if again := c.method(nil, "/new.S/M"); again.guard.throttle != first.guard.throttle {
+		t.Error("the throttle of a method in use begins anew")
+	}
+	if n := len(c.target(nil).kept); n > maxMethods {
+		t.Errorf("%d methods kept, want at most %d", n, maxMethods)
+	}
+}

@@ -72,10 +72,8 @@ func (f *policyFile) look() {
 		return
 	}
 	switch {
-	case f.applied != nil && bytes.Equal(text, f.applied):
-		if f.problem == "" {
-			return
-		}
+	case f.applied != nil && bytes.Equal(text, f.applied) && f.problem == "":
+		return
 	case f.refused != nil && bytes.Equal(text, f.refused):
 		return
 	default:

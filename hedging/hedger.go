@@ -186,6 +186,10 @@ func (h *Hedger) record(now time.Time, d time.Duration, code codes.Code) {
 	h.latency.Record(now, d, outcome.OfCode(code) != outcome.Success)
 }
 
+// Counts reports whether an attempt that ended with code counts as a failure for
+// Throttle: for those who make a call of the method without h.
+func (h *Hedger) Counts(code codes.Code) bool { return h.class(code) == nonFatal }
+
 // class says what an attempt's status code means to its call.
 func (h *Hedger) class(code codes.Code) class {
 	switch {

@@ -40,7 +40,7 @@ func (h *Hedger) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc
 	s := &stream{desc: desc, cc: cc, streamer: streamer, opts: opts, start: make(chan struct{}, 1)}
 	s.race.h, s.race.ctx, s.race.op = h, ctx, s
 	s.attempts.Method = method
-	s.hedgeOpts = forHedge(opts)
+	s.hedgeOpts = forHedge(opts, rpc.OnClosed(s.onFinish))
 	s.first.own = &own{}
 	s.first.attempt.Streaming = true
 	now := h.now()

@@ -99,7 +99,11 @@ func (u *unary) finish() error {
 		if w.panicked != nil {
 			panic(w.panicked)
 		}
-		rpc.Give(u.opts, w.header, w.trailer, w.peer)
+		p := &w.peer
+		if p.Addr == nil {
+			p = nil // that of the first attempt stays, so that nobody takes the call for unsent
+		}
+		rpc.Give(u.opts, w.header, w.trailer, p)
 		if w.err == nil && !w.inline {
 			move(rpc.Message(u.reply), w.reply.(proto.Message))
 		}

@@ -74,8 +74,9 @@ type BudgetConfig struct {
 // Two bounds hold, exactly (in integers), at any rate and from any number of goroutines:
 //
 //   - since the start, extra <= 1 + Max x first + MinPerSecond x time
-//   - in any span of Window that ends at a withdrawal,
-//     extra <= 1 + Max x first in it + MinPerSecond x Window
+//   - in any span of Window that ends at a withdrawal or a reservation,
+//     extra <= 1 + Max x first in it + MinPerSecond x Window,
+//     where extra has those that are reserved and not sent yet
 //
 // The second speaks of spans that end at a withdrawal because no program can see
 // the future: when traffic stops after the extra attempts were sent, a span that
@@ -242,6 +243,9 @@ func (b *Budget) TryReserve(now time.Time) bool {
 	b.reserved++
 	return true
 }
+
+// Window is how far back first attempts pay.
+func (b *Budget) Window() time.Duration { return b.slot * windowSlots }
 
 // SendReserved says that a reserved extra attempt is sent now.
 func (b *Budget) SendReserved(now time.Time) {

@@ -36,9 +36,11 @@ type failure struct {
 	atLeast time.Duration
 }
 
-// gate is asked last, when everything else speaks for another attempt. It takes the
-// budget's token if it returns "".
-type gate interface{ permit() Reason }
+// gate is asked last, when everything else speaks for another attempt after the given
+// wait. It reserves the budget's token if it returns "".
+type gate interface {
+	permit(wait time.Duration) Reason
+}
 
 // failed decides what follows the failure of the newest attempt: another attempt after
 // wait, or none, for the given reason. remains is the time that the call has left, noTime
@@ -68,7 +70,7 @@ func (c *core) failed(f failure, remains, median time.Duration, u float64, g gat
 	if wait >= remains || remains-wait < median {
 		return 0, NoTime
 	}
-	if why := g.permit(); why != "" {
+	if why := g.permit(wait); why != "" {
 		return 0, why
 	}
 	c.number++

@@ -13,7 +13,7 @@ type allow struct {
 	asked int
 }
 
-func (a *allow) permit() Reason { a.asked++; return a.why }
+func (a *allow) permit(time.Duration) Reason { a.asked++; return a.why }
 
 // The rules of core as tables: what each failure in turn leads to.
 func TestCore(t *testing.T) {

@@ -23,11 +23,14 @@ func Do[T any](ctx context.Context, r *Retrier, f func(ctx context.Context) (T, 
 		v, err, timedOut := tryOnce(c, f)
 		if err == nil {
 			c.succeeded()
+			c.report("", codes.OK)
 			return v, nil
 		}
 		wait, why := c.ended(end{err: err, code: code(err), timedOut: timedOut})
-		if why == "" && !c.again(wait) {
-			err, why = ctx.Err(), CallEnded
+		if why == "" {
+			if why = c.again(wait); why == CallEnded {
+				err = ctx.Err()
+			}
 		}
 		if why != "" {
 			c.report(why, code(err))

@@ -3,10 +3,12 @@ package retry
 import (
 	"context"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
 	"github.com/bobtail-rpc/bobtail/internal/latency"
@@ -20,8 +22,10 @@ type Retrier struct {
 	cfg       Config
 	attempts  int
 	retryable uint32 // a bit for each code
-	latency   *latency.Tracker
-	start     time.Time
+	// latency is nil with UnsentOnly: what was never sent is worth sending whatever the
+	// time, and a tracker takes 64 KiB for each method that somebody calls.
+	latency *latency.Tracker
+	start   time.Time
 	// random is rand.Float64 but in tests.
 	random func() float64
 }
@@ -42,14 +46,24 @@ func (r *Retrier) With(cfg Config) (*Retrier, error) {
 		return nil, err
 	}
 	with := build(cfg)
-	with.latency, with.start = r.latency, r.start
+	if r.latency != nil {
+		with.latency, with.start = r.latency, r.start
+	}
 	return with, nil
+}
+
+// Counts reports whether an attempt that ended with code counts as a failure for
+// Throttle: for those who make a call of the method without r.
+func (r *Retrier) Counts(code codes.Code) bool {
+	return !r.cfg.UnsentOnly && code < 32 && r.retryable&(1<<code) != 0
 }
 
 func build(cfg Config) *Retrier {
 	now := time.Now()
-	r := &Retrier{cfg: cfg, attempts: min(cfg.MaxAttempts, MaxAttemptsCap),
-		latency: latency.New(latency.DefaultWindow, now), start: now, random: rand.Float64}
+	r := &Retrier{cfg: cfg, attempts: min(cfg.MaxAttempts, MaxAttemptsCap), start: now, random: rand.Float64}
+	if !cfg.UnsentOnly {
+		r.latency = latency.New(latency.DefaultWindow, now)
+	}
 	for _, code := range cfg.RetryableCodes {
 		r.retryable |= 1 << code
 	}
@@ -79,6 +93,7 @@ type call struct {
 	unmeasured bool
 
 	waited   time.Duration
+	reserved bool // the budget keeps a token for the next attempt
 	attempts attempt.Call
 	// current is the newest attempt; first is where the first one lives, so that a call
 	// that succeeds at once allocates no other.
@@ -90,6 +105,18 @@ type call struct {
 type running struct {
 	context.Context
 	attempt attempt.Attempt
+	peer    peer.Peer // set by grpc if it opened a stream
+	// over is set when grpc has ended the call that it made for this attempt. An atomic
+	// because an interceptor below may make that call on another goroutine.
+	over atomic.Bool
+}
+
+// unsent reports whether an attempt that failed with code provably never reached a server:
+// grpc has made the call with the options that we gave it, has ended it, and had opened
+// no stream; and no balancer of ours has named a backend. Where an interceptor below keeps
+// the options to itself there is no proof.
+func (a *running) unsent(code codes.Code) bool {
+	return code == codes.Unavailable && a.over.Load() && a.peer.Addr == nil && a.attempt.Endpoint() == ""
 }
 
 // Value answers the picker that asks which attempt this is.
@@ -126,13 +153,18 @@ type end struct {
 // succeeded records that the newest attempt was answered, at c.now.
 func (c *call) succeeded() {
 	c.current.attempt.End()
-	if !c.unmeasured {
-		c.r.latency.Record(c.now, c.now.Sub(c.begun), false)
-	}
+	c.record(false)
 	if c.r.cfg.Throttle != nil {
 		c.r.cfg.Throttle.Success()
 	}
-	c.report("", codes.OK)
+}
+
+// record notes how long the newest attempt took, or, if it is censored, that it would have
+// taken longer.
+func (c *call) record(censored bool) {
+	if c.r.latency != nil && !c.unmeasured {
+		c.r.latency.Record(c.now, c.now.Sub(c.begun), censored)
+	}
 }
 
 // ended records that the newest attempt failed, at c.now. It returns how long to wait
@@ -144,32 +176,37 @@ func (c *call) ended(e end) (wait time.Duration, why Reason) {
 	if !f.refused {
 		// Only an answer tells how long an answer takes; everything else, that it takes
 		// longer.
-		if !e.unsent && !c.unmeasured {
-			r.latency.Record(c.now, c.now.Sub(c.begun), outcome.OfCode(e.code) != outcome.Success)
+		if !e.unsent {
+			c.record(outcome.OfCode(e.code) != outcome.Success)
 		}
 		p := outcome.ReadPushback(e.trailer)
 		f.stop, f.hasWait, f.wait = p.Stop, p.Given && !p.Stop, p.Delay
 		f.atLeast, _ = outcome.RetryDelay(e.err)
-		listed := e.timedOut || e.code < 32 && r.retryable&(1<<e.code) != 0
+		listed := e.timedOut && !r.cfg.UnsentOnly || r.Counts(e.code)
 		// What ends because the caller's own context has ended is the caller's doing,
 		// whatever the code.
 		if c.ctx.Err() == nil {
-			f.retryable = !e.single && (e.unsent || listed && !r.cfg.UnsentOnly)
+			f.retryable = e.unsent || listed
 			if t := r.cfg.Throttle; t != nil && (f.retryable || f.stop) {
 				t.Failure()
 			}
+			f.retryable = f.retryable && !e.single
 		}
 	}
 	remains := noTime
 	if d, ok := c.ctx.Deadline(); ok {
 		remains = d.Sub(c.now)
 	}
-	median, _ := r.latency.Quantile(c.now, 0.5)
+	var median time.Duration
+	if r.latency != nil {
+		median, _ = r.latency.Quantile(c.now, 0.5)
+	}
 	return c.failed(f, remains, median, r.random(), c)
 }
 
 // permit implements gate.
-func (c *call) permit() Reason {
+func (c *call) permit(wait time.Duration) Reason {
+	c.reserved = false
 	cfg := &c.r.cfg
 	switch {
 	case attempt.IsExtra(c.ctx):
@@ -187,15 +224,22 @@ func (c *call) permit() Reason {
 			return NoBudget
 		}
 		return InShadow
+	case wait > cfg.Budget.Window():
+		// Some servers ask for hours. A token kept for so long would be missing from every
+		// window until then: so it is asked for now, and again when it is due.
+		if cfg.Budget.Balance(c.now) < 1 {
+			return NoBudget
+		}
 	case !cfg.Budget.TryReserve(c.now):
 		return NoBudget
+	default:
+		c.reserved = true
 	}
 	return ""
 }
 
-// again waits and prepares the next attempt; false if the caller's context ended first.
-func (c *call) again(wait time.Duration) bool {
-	paid := c.r.cfg.Budget != nil
+// again waits and prepares the next attempt. It returns why there is none after all.
+func (c *call) again(wait time.Duration) Reason {
 	failed := c.now
 	if wait > 0 {
 		t := time.NewTimer(wait)
@@ -207,15 +251,9 @@ func (c *call) again(wait time.Duration) bool {
 	}
 	c.now = c.r.now()
 	c.waited += c.now.Sub(failed)
-	if c.ctx.Err() != nil {
+	if why := c.due(); why != "" {
 		c.number-- // it is not made
-		if paid {
-			c.r.cfg.Budget.Release()
-		}
-		return false
-	}
-	if paid {
-		c.r.cfg.Budget.SendReserved(c.now)
+		return why
 	}
 	c.begun, c.unmeasured = c.now, false
 	next := &running{}
@@ -223,7 +261,25 @@ func (c *call) again(wait time.Duration) bool {
 	next.attempt.Streaming = c.first.attempt.Streaming
 	next.Context = next.attempt.Outgoing(c.ctx)
 	c.current = next
-	return true
+	return ""
+}
+
+// due settles with the budget when the next attempt's time has come, or the caller has
+// left.
+func (c *call) due() Reason {
+	b := c.r.cfg.Budget
+	switch left := c.ctx.Err() != nil; {
+	case left && c.reserved:
+		b.Release()
+		return CallEnded
+	case left:
+		return CallEnded
+	case c.reserved:
+		b.SendReserved(c.now)
+	case b != nil && !b.TryWithdraw(c.now):
+		return NoBudget
+	}
+	return ""
 }
 
 // report tells the configuration's hook what became of the call.

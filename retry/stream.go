@@ -11,7 +11,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -27,7 +26,8 @@ import (
 // it: here, in RecvMsg, or in Header. What the caller has been given, a header or a
 // message, commits the stream. The request is cloned when it is sent, since the caller
 // has it back before an attempt can fail; one that is no proto message is not retried.
-// AttemptTimeout counts until the first message.
+// AttemptTimeout counts while a stream is being opened, and while its first message is
+// being received: an answer that nobody has asked for yet is not late.
 func (r *Retrier) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string,
 	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	if desc.ClientStreams || !desc.ServerStreams {
@@ -38,8 +38,8 @@ func (r *Retrier) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grp
 	// write into each other's.
 	s.each = slices.Clip(rpc.ForAttempt(make([]grpc.CallOption, 0, len(opts)), opts))
 	s.begin(r, ctx, method, true)
-	if err := s.open(); err != nil {
-		if err := s.mend(err, s.expired()); err != nil {
+	if late, err := s.open(); err != nil {
+		if err := s.mend(err, late); err != nil {
 			return nil, s.finish(err)
 		}
 	}
@@ -57,7 +57,8 @@ type stream struct {
 	streamer grpc.Streamer
 	opts     []grpc.CallOption // the caller's
 	each     []grpc.CallOption // those that every attempt is given
-	finished sync.Once
+	given    sync.Once         // the caller's options have been set
+	finished sync.Once         // the caller's OnFinish has run
 	unwatch  func() bool
 
 	// phase holds a token that lets one of RecvMsg and Header, which may be called
@@ -67,8 +68,9 @@ type stream struct {
 	phase chan struct{}
 	call
 	committed bool
+	wanted    bool        // somebody receives
 	result    error       // of the call that has failed before it was committed
-	timer     *time.Timer // of the newest attempt; nil without a timeout
+	timer     *time.Timer // of the newest attempt; nil while it has no timeout
 
 	mu     sync.Mutex // guards the rest: SendMsg may run beside RecvMsg
 	live   grpc.ClientStream
@@ -78,34 +80,50 @@ type stream struct {
 	closed bool // CloseSend was called
 }
 
-// open opens the newest attempt's stream, and sends on it what the caller has sent. The
-// caller holds phase, or the stream alone.
-func (s *stream) open() error {
-	ctx, cancel := context.WithCancel(s.current.Context)
-	s.current.Context = ctx
-	if d := s.r.cfg.AttemptTimeout; d > 0 {
-		s.timer = time.AfterFunc(d, cancel)
-	}
-	live, err := s.streamer(s.current, s.desc, s.cc, s.attempts.Method, s.each...)
+// open opens the newest attempt's stream, and sends on it what the caller has sent. It
+// reports whether it failed because its time ran out. The caller holds phase, or the
+// stream alone.
+func (s *stream) open() (late bool, err error) {
+	a := s.current
+	ctx, cancel := context.WithCancel(a.Context)
+	a.Context = ctx
+	s.mu.Lock()
+	s.cancel = cancel
+	s.mu.Unlock()
+	s.arm()
+	live, err := s.streamer(a, s.desc, s.cc, s.attempts.Method, append(slices.Clip(s.each),
+		grpc.Peer(&a.peer), grpc.OnFinish(func(error) { a.over.Store(true) }), rpc.OnClosed(s.onFinish))...)
 	if err != nil {
 		live = unopened{ctx: s.ctx}
 	}
 	s.mu.Lock()
-	s.live, s.cancel = live, cancel
+	s.live = live
 	req, sent, closed := s.req, s.sent, s.closed
 	s.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	if sent {
-		if err := live.SendMsg(req); err != nil && !errors.Is(err, io.EOF) {
-			return err
+	if err == nil && sent {
+		if serr := live.SendMsg(req); serr != nil && !errors.Is(serr, io.EOF) {
+			err = serr
 		}
 	}
-	if closed {
-		return live.CloseSend()
+	if err == nil && closed {
+		err = live.CloseSend()
 	}
-	return nil
+	if err != nil || !s.wanted {
+		if late = s.expired(); late && err == nil {
+			err = status.FromContextError(context.Canceled).Err() // mend knows better
+		}
+	}
+	return late, err
+}
+
+// arm starts the newest attempt's timer.
+func (s *stream) arm() {
+	if d := s.r.cfg.AttemptTimeout; d > 0 {
+		s.mu.Lock()
+		cancel := s.cancel
+		s.mu.Unlock()
+		s.timer = time.AfterFunc(d, cancel)
+	}
 }
 
 // expired stops the newest attempt's timer and reports whether that was too late.
@@ -128,25 +146,29 @@ func (s *stream) mend(err error, timedOut bool) error {
 		s.mu.Lock()
 		s.cancel()
 		_, never := s.live.(unopened)
-		trailer := s.live.Trailer()
+		var trailer metadata.MD
+		if !timedOut { // else the stream may not have ended yet
+			trailer = s.live.Trailer()
+		}
 		single := s.sent && s.req == nil
 		s.mu.Unlock()
 		code := status.Code(err)
 		wait, why := s.ended(end{
 			err: err, code: code, trailer: trailer, timedOut: timedOut, single: single,
-			unsent: never && !timedOut && code == codes.Unavailable && s.current.attempt.Endpoint() == "",
+			unsent: never && !timedOut && s.current.unsent(code),
 		})
-		if why == "" && !s.again(wait) {
-			err, why = status.FromContextError(s.ctx.Err()).Err(), CallEnded
+		if why == "" {
+			if why = s.again(wait); why == CallEnded {
+				err = status.FromContextError(s.ctx.Err()).Err()
+			}
 		}
 		if why != "" {
 			s.report(why, status.Code(err))
 			return err
 		}
-		if err = s.open(); err == nil {
+		if timedOut, err = s.open(); err == nil {
 			return nil
 		}
-		timedOut = s.expired()
 	}
 }
 
@@ -219,7 +241,11 @@ func (s *stream) receiveFirst(m any) (bool, error) {
 	s.receiving()
 	for {
 		err := s.newest().RecvMsg(m)
-		if late := s.expired(); err == io.EOF || err == nil && !late {
+		late := s.expired()
+		// A message that came together with the timeout is followed by the CANCELLED of
+		// a stream that is cut off, so it is as good as none; unless that is the end of the
+		// call too.
+		if err == io.EOF || err == nil && (!late || s.ctx.Err() != nil) {
 			s.commit()
 			return true, err
 		} else if s.result = s.mend(err, late); s.result != nil {
@@ -243,7 +269,7 @@ func (s *stream) Header() (metadata.MD, error) {
 			// Receiving tells how.
 			err = live.RecvMsg(new(emptypb.Empty))
 		}
-		if late := s.expired(); err == io.EOF || err == nil && !late {
+		if late := s.expired(); err == io.EOF || err == nil && (!late || s.ctx.Err() != nil) {
 			s.commit()
 		} else {
 			s.result = s.mend(err, late) // for RecvMsg to tell, as grpc has it
@@ -255,7 +281,9 @@ func (s *stream) Header() (metadata.MD, error) {
 // receiving notes that the caller receives from now on. An answer that came while
 // nobody was receiving was quicker than it seems.
 func (s *stream) receiving() {
+	s.wanted = true
 	s.unmeasured = s.r.now().Sub(s.begun) > time.Millisecond
+	s.arm()
 }
 
 // commit stays with the newest attempt. The caller holds phase.
@@ -263,6 +291,7 @@ func (s *stream) commit() {
 	s.committed = true
 	s.now = s.r.now()
 	s.succeeded()
+	s.report("", codes.OK)
 }
 
 // finish ends the call on the caller's side: it sets the caller's options from the
@@ -271,12 +300,15 @@ func (s *stream) finish(err error) error {
 	s.mu.Lock()
 	live, cancel := s.live, s.cancel
 	s.mu.Unlock()
-	if _, never := live.(unopened); never {
-		// Its context is the caller's, whose peer, inside a server, is another's.
-		rpc.Give(s.opts, nil, nil, peer.Peer{})
-	} else {
-		rpc.GiveStream(s.opts, live)
-	}
+	// Once: SendMsg and RecvMsg may both meet the end, at the same time.
+	s.given.Do(func() {
+		if _, never := live.(unopened); never {
+			// Its context is the caller's, whose peer, inside a server, is another's.
+			rpc.Give(s.opts, nil, nil, nil)
+		} else {
+			rpc.GiveStream(s.opts, live)
+		}
+	})
 	cancel()
 	if s.unwatch != nil {
 		s.unwatch()

@@ -19,11 +19,11 @@ import (
 // reply and call options; OnFinish options run once, with the result of the call. An
 // exhausted call returns the status of its last attempt as the server sent it.
 //
-// An attempt counts as never sent, and is then retried whatever the method and the
-// code, if it ended UNAVAILABLE and grpc opened no stream for it: then no peer was set
-// and no balancer of ours has named a backend. An interceptor below that drops the call
-// options it is given hides the peer, and would make a failure of grpc's own balancers
-// look like that.
+// An attempt counts as never sent, and is then retried whatever the method and whether
+// UNAVAILABLE is retryable or not, if it ended UNAVAILABLE and grpc says that it has ended the
+// attempt's call without opening a stream: its OnFinish ran and its Peer was not set. Where an
+// interceptor below drops the options that it is given, grpc says nothing, and that is no
+// proof.
 func (r *Retrier) InvokeUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	u := &unary{}
@@ -32,23 +32,24 @@ func (r *Retrier) InvokeUnary(ctx context.Context, method string, req, reply any
 		err := u.try(req, reply, cc, invoker, opts)
 		if err == nil {
 			u.succeeded()
-			return u.done(opts, nil)
+			return u.done(opts, nil, "")
 		}
 		code := status.Code(err)
 		wait, why := u.ended(end{
 			err: err, code: code, trailer: u.trailer, timedOut: u.late && code == codes.DeadlineExceeded,
-			unsent: code == codes.Unavailable && u.peer.Addr == nil && u.current.attempt.Endpoint() == "",
+			unsent: u.current.unsent(code),
 		})
-		if why == "" && !u.again(wait) {
-			err, why = status.FromContextError(ctx.Err()).Err(), CallEnded
+		if why == "" {
+			if why = u.again(wait); why == CallEnded {
+				err = status.FromContextError(ctx.Err()).Err()
+			}
 		}
 		if why != "" {
-			u.report(why, status.Code(err))
-			return u.done(opts, err)
+			return u.done(opts, err, why)
 		}
 		// What the attempt that failed has set is not that of the next one, which may
 		// set nothing.
-		rpc.Give(opts, nil, nil, peer.Peer{})
+		rpc.Give(opts, nil, nil, &peer.Peer{})
 	}
 }
 
@@ -56,28 +57,36 @@ func (r *Retrier) InvokeUnary(ctx context.Context, method string, req, reply any
 type unary struct {
 	call
 	trailer metadata.MD        // of the newest attempt: for pushback
-	peer    peer.Peer          // of the newest attempt: set if a stream was opened
 	late    bool               // its own time had run out when the newest attempt ended
-	room    [3]grpc.CallOption // for the options of one attempt; most calls have none or one
+	room    [4]grpc.CallOption // for the options of the first attempt; most calls have none or one
 }
 
 // try makes the newest attempt.
 func (u *unary) try(req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts []grpc.CallOption) error {
-	u.trailer, u.peer = nil, peer.Peer{}
-	all := append(rpc.ButOnFinish(u.room[:0], opts), grpc.Trailer(&u.trailer), grpc.Peer(&u.peer))
-	if u.r.cfg.AttemptTimeout > 0 {
-		limited, cancel := context.WithTimeout(u.current.Context, u.r.cfg.AttemptTimeout)
-		defer cancel()
-		u.current.Context = limited
+	u.trailer = nil
+	a := u.current
+	room := u.room[:0]
+	if a != &u.first {
+		// An interceptor below may still be reading those of an attempt before.
+		room = make([]grpc.CallOption, 0, len(opts)+3)
 	}
-	err := invoker(u.current, u.attempts.Method, req, reply, cc, all...)
+	all := append(rpc.ButOnFinish(room, opts), grpc.Trailer(&u.trailer), grpc.Peer(&a.peer),
+		grpc.OnFinish(func(error) { a.over.Store(true) }))
+	if u.r.cfg.AttemptTimeout > 0 {
+		limited, cancel := context.WithTimeout(a.Context, u.r.cfg.AttemptTimeout)
+		defer cancel()
+		a.Context = limited
+	}
+	err := invoker(a, u.attempts.Method, req, reply, cc, all...)
 	u.now = u.r.now()
 	// By our clock, or by the server's, which was told of the limit.
-	u.late = u.r.cfg.AttemptTimeout > 0 && (u.now.Sub(u.begun) >= u.r.cfg.AttemptTimeout || u.current.Err() != nil)
+	u.late = u.r.cfg.AttemptTimeout > 0 && (u.now.Sub(u.begun) >= u.r.cfg.AttemptTimeout || a.Err() != nil)
 	return err
 }
 
-func (u *unary) done(opts []grpc.CallOption, err error) error {
+// done hands the result to the caller, who may panic in either place.
+func (u *unary) done(opts []grpc.CallOption, err error, why Reason) error {
+	defer u.report(why, status.Code(err))
 	rpc.Finish(opts, err)
 	return err
 }

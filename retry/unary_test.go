@@ -367,7 +367,8 @@ func TestWith(t *testing.T) {
 	}
 }
 
-// A call that succeeds at once allocates one object.
+// A call that succeeds at once allocates two objects: its state, and the function that grpc
+// tells the end of the attempt.
 func TestAllocations(t *testing.T) {
 	r, err := New(Config{MaxAttempts: 3, Backoff: doubling, RetryableCodes: unavailable, Budget: budget(t, 0.05)})
 	if err != nil {
@@ -376,8 +377,8 @@ func TestAllocations(t *testing.T) {
 	ctx, req, res := context.Background(), &kvpb.Request{}, &kvpb.Response{}
 	noop := func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
 	n := testing.AllocsPerRun(100, func() { r.InvokeUnary(ctx, "/kv.KV/Get", req, res, nil, noop) })
-	if n > 1 {
-		t.Errorf("%v allocations, want 1", n)
+	if n > 2 {
+		t.Errorf("%v allocations, want 2", n)
 	}
 }
 

@@ -27,7 +27,8 @@ const maxPlaces = 1_000_000
 //
 // A Bulkhead is made by [NewBulkhead] and is safe for concurrent use.
 type Bulkhead struct {
-	places int64
+	// places is an atomic because Resize changes it under calls that come.
+	places atomic.Int64
 	full   error // made once: a refusal costs nothing
 	// taken is an atomic because every call comes by twice, and must wait for nobody.
 	taken atomic.Int64
@@ -36,12 +37,23 @@ type Bulkhead struct {
 // NewBulkhead returns a bulkhead with the given number of places, in [1, 1000000], for
 // the method whose full name refusals carry ("" for none).
 func NewBulkhead(places int, method string) (*Bulkhead, error) {
-	if places < 1 || places > maxPlaces {
-		return nil, fmt.Errorf("shedding: bulkhead of %d places, want [1, %d]", places, maxPlaces)
-	}
-	return &Bulkhead{places: int64(places), full: &outcome.Refusal{
+	b := &Bulkhead{full: &outcome.Refusal{
 		Cause: ErrBulkheadFull, Code: codes.ResourceExhausted, Reason: "BULKHEAD_FULL", Method: method,
-	}}, nil
+	}}
+	if err := b.Resize(places); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// Resize changes the number of places. Calls that are in stay in: when there are fewer
+// places than that, none is let in until enough of them have left.
+func (b *Bulkhead) Resize(places int) error {
+	if places < 1 || places > maxPlaces {
+		return fmt.Errorf("shedding: bulkhead of %d places, want [1, %d]", places, maxPlaces)
+	}
+	b.places.Store(int64(places))
+	return nil
 }
 
 // Enter takes a place, which [Bulkhead.Leave] gives back, or returns an error that is
@@ -50,7 +62,7 @@ func NewBulkhead(places int, method string) (*Bulkhead, error) {
 func (b *Bulkhead) Enter() error {
 	for {
 		taken := b.taken.Load()
-		if taken >= b.places {
+		if taken >= b.places.Load() {
 			return b.full
 		}
 		// Not an addition that is undone when it was too much: until it is undone, it

@@ -159,7 +159,7 @@ func (gs *gates) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 			end(nil)
 		}
 	}()
-	opts, watch := rpc.Watch(desc, opts, end, nil)
+	opts, watch := rpc.Watch(ctx, desc, opts, end, nil)
 	s, err := streamer(ctx, desc, cc, method, opts...)
 	if err != nil {
 		return s, err

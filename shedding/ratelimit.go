@@ -114,6 +114,24 @@ func NewRateLimit(cfg RateLimitConfig) (*RateLimit, error) {
 	}, nil
 }
 
+// Reconfigure changes rate and burst. Calls that wait go on waiting, at the new rate; what
+// has been used of the burst stays used.
+func (l *RateLimit) Reconfigure(cfg RateLimitConfig) error {
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.settle(time.Now())
+	l.bucket.SetLimitAt(now, rate.Limit(cfg.PerSecond))
+	l.bucket.SetBurstAt(now, cfg.burst())
+	l.perSecond = cfg.PerSecond
+	if first := l.queue.Front(); first != nil {
+		first.Value.(*waiter).tell() // its turn comes at another time
+	}
+	return nil
+}
+
 // decision is what becomes of a call.
 type decision uint8
 

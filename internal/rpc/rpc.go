@@ -3,6 +3,8 @@
 package rpc
 
 import (
+	"errors"
+
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
@@ -36,8 +38,9 @@ func ButOnFinish(dst, opts []grpc.CallOption) []grpc.CallOption {
 	return dst
 }
 
-// Give sets what the caller's options point at, as grpc would have.
-func Give(opts []grpc.CallOption, header, trailer metadata.MD, p peer.Peer) {
+// Give sets what the caller's options point at, as grpc would have; a nil peer leaves
+// that alone, as grpc does if it opened no stream.
+func Give(opts []grpc.CallOption, header, trailer metadata.MD, p *peer.Peer) {
 	for _, o := range opts {
 		switch o := o.(type) {
 		case grpc.HeaderCallOption:
@@ -45,7 +48,9 @@ func Give(opts []grpc.CallOption, header, trailer metadata.MD, p peer.Peer) {
 		case grpc.TrailerCallOption:
 			*o.TrailerAddr = trailer
 		case grpc.PeerCallOption:
-			*o.PeerAddr = p
+			if p != nil {
+				*o.PeerAddr = *p
+			}
 		}
 	}
 }
@@ -85,6 +90,17 @@ func Finish(opts []grpc.CallOption, err error) {
 			f.OnFinish(err)
 		}
 	}
+}
+
+// OnClosed is an option for an attempt at a stream: f runs when the connection is closed
+// under it. Nobody need receive any more then, and so nothing else would tell.
+func OnClosed(f func(error)) grpc.CallOption {
+	return grpc.OnFinish(func(err error) {
+		//lint:ignore SA1019 no other error tells that from a server's CANCELLED
+		if errors.Is(err, grpc.ErrClientConnClosing) {
+			f(err)
+		}
+	})
 }
 
 // Message returns v as a proto message that can be cloned and made anew, or nil.
