@@ -62,14 +62,50 @@ type shards struct {
 	start   time.Time
 	methods methods
 
+	// crowd counts the attempts in flight at all endpoints, those that are not ready
+	// any more included. It is nil unless the policy needs it: a word that every pick
+	// and every end of an attempt writes costs what it costs.
+	crowd *crowd
+
 	mu        sync.Mutex // guards what follows
-	tau       time.Duration
+	policy    settings
+	updates   uint64 // of state, so far
 	endpoints map[string]*remembered
+}
+
+// settings are what a policy tells the machinery at each update.
+type settings struct {
+	// tau is the decay time of the endpoints' statistics.
+	tau time.Duration
+	// choose makes the chooser for the endpoints that are ready, at least one, each
+	// with what the resolver says of it now. It keeps the slices and does not write
+	// to them. shards.mu is held.
+	choose func(ready []*endpoint, named []resolver.Endpoint) chooser
+}
+
+// A chooser is the policy as of one moment: it chooses among the endpoints that were
+// ready when it was made. It is immutable, and safe for concurrent use. A policy is a
+// builder, a balancer that embeds shards and hands it settings, and a chooser.
+type chooser interface {
+	// route returns the index of the endpoint that an attempt goes to, or -1 if there
+	// is none that it may go to. The view shows where its siblings went. It is called
+	// again if one of them is picked in the meantime.
+	route(r request, view attempt.View) int
+}
+
+// A request is what a chooser may know of an attempt.
+type request struct {
+	ctx       context.Context
+	now       time.Duration
+	streaming bool
+	intn      func(int) int // draws from [0, n)
 }
 
 // A remembered endpoint is one that the resolver names, or named not long ago.
 type remembered struct {
 	*endpoint
+	// ready is the last of shards.updates at which it was.
+	ready uint64
 	// named is false once the resolver has removed the endpoint, at gone.
 	named bool
 	gone  time.Duration
@@ -79,7 +115,6 @@ func newShards(cc balancer.ClientConn, opts balancer.BuildOptions) *shards {
 	b := &shards{
 		ClientConn: cc,
 		start:      time.Now(),
-		tau:        defaultDecayTime,
 		endpoints:  make(map[string]*remembered),
 	}
 	b.child = endpointsharding.NewBalancer(b, opts, balancer.Get(pickfirst.Name).Build, endpointsharding.Options{})
@@ -89,10 +124,10 @@ func newShards(cc balancer.ClientConn, opts balancer.BuildOptions) *shards {
 // now returns the time that endpoints see. It reads the monotonic clock only.
 func (b *shards) now() time.Duration { return time.Since(b.start) }
 
-// update takes what the resolver says, and the decay time.
-func (b *shards) update(rs resolver.State, tau time.Duration) error {
+// update takes what the resolver says, and what the policy wants.
+func (b *shards) update(rs resolver.State, s settings) error {
 	b.mu.Lock()
-	b.tau = tau
+	b.policy = s
 	b.reconcile(rs.Endpoints)
 	b.mu.Unlock()
 	// Without b.mu, as the child calls UpdateState from within.
@@ -139,7 +174,7 @@ func (b *shards) reconcile(named []resolver.Endpoint) {
 func (b *shards) lookup(key string) *remembered {
 	e := b.endpoints[key]
 	if e == nil {
-		e = &remembered{endpoint: &endpoint{key: key}, gone: b.now()}
+		e = &remembered{endpoint: &endpoint{key: key, crowd: b.crowd}, gone: b.now()}
 		b.endpoints[key] = e
 	}
 	return e
@@ -149,13 +184,21 @@ func (b *shards) lookup(key string) *remembered {
 // an endpoint changes.
 func (b *shards) UpdateState(state balancer.State) {
 	p := &picker{b: b}
+	var named []resolver.Endpoint
 	b.mu.Lock()
-	p.tau = b.tau
+	b.updates++
 	for _, c := range endpointsharding.ChildStatesFromPicker(state.Picker) {
 		if c.State.ConnectivityState == connectivity.Ready {
-			p.ready = append(p.ready, b.lookup(keyOf(c.Endpoint)).endpoint)
+			e := b.lookup(keyOf(c.Endpoint))
+			e.ready = b.updates
+			p.ready = append(p.ready, e.endpoint)
 			p.leaves = append(p.leaves, c.State.Picker)
+			named = append(named, c.Endpoint)
 		}
+	}
+	if len(p.ready) > 0 {
+		p.tau = b.policy.tau
+		p.chooser = b.policy.choose(p.ready, named)
 	}
 	b.mu.Unlock()
 	// With nothing ready the child's own picker waits, reconnects or fails, as
@@ -212,8 +255,10 @@ func keyOf(e resolver.Endpoint) string {
 // A picker sends attempts to the endpoints that were ready when it was made. It
 // is immutable: what it counts and measures lives in the endpoints.
 type picker struct {
-	p2c
+	chooser
+	ready  []*endpoint
 	leaves []balancer.Picker // leaves[i] belongs to ready[i]
+	tau    time.Duration
 	b      *shards
 }
 
@@ -224,17 +269,16 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	if a != nil && !a.Of(info.FullMethodName) {
 		a = nil // a call made within an attempt of another
 	}
-	now := p.b.now()
+	r := request{ctx: info.Ctx, now: p.b.now(), intn: rand.IntN}
 	var i int
-	var streaming bool
 	if a == nil {
-		streaming = p.b.methods.streaming(info.FullMethodName)
-		i = p.choose(now, attempt.View{}, streaming, rand.IntN)
+		r.streaming = p.b.methods.streaming(info.FullMethodName)
+		i = p.route(r, attempt.View{})
 	} else {
-		streaming = a.Streaming
+		r.streaming = a.Streaming
 		for {
 			v := a.View()
-			i = p.choose(now, v, streaming, rand.IntN)
+			i = p.route(r, v)
 			if i < 0 {
 				a.MarkUnsent()
 				return balancer.PickResult{}, errNotSent
@@ -250,7 +294,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		// Not ready any more. A new picker is on its way, and grpc asks it.
 		return result, err
 	}
-	p.watch(&result, info.Ctx, p.ready[i], streaming, now)
+	p.watch(&result, info.Ctx, p.ready[i], r.streaming, r.now)
 	return result, nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
@@ -76,7 +77,9 @@ func (b *p2cBalancer) UpdateClientConnState(s balancer.ClientConnState) error {
 	default:
 		return fmt.Errorf("loadbalance: %s: configuration of type %T: %w", P2CName, c, balancer.ErrBadResolverState)
 	}
-	return b.update(s.ResolverState, tau)
+	return b.update(s.ResolverState, settings{tau, func(ready []*endpoint, _ []resolver.Endpoint) chooser {
+		return &p2c{ready, tau}
+	}})
 }
 
 // A p2c chooses among endpoints by the power of two choices: of two drawn at
@@ -98,6 +101,11 @@ func (b *p2cBalancer) UpdateClientConnState(s balancer.ClientConnState) error {
 type p2c struct {
 	ready []*endpoint
 	tau   time.Duration
+}
+
+// route implements chooser.
+func (p *p2c) route(r request, view attempt.View) int {
+	return p.choose(r.now, view, r.streaming, r.intn)
 }
 
 // choose returns the index of the endpoint that an attempt goes to, or -1 if

@@ -1,11 +1,16 @@
 package loadbalance
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc/experimental/balancer/weight"
+	"google.golang.org/grpc/resolver"
 
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
 )
@@ -275,11 +280,40 @@ func TestQueues(t *testing.T) {
 // 100,000 random picks, ends and changes of what is ready: wherever an attempt
 // goes, it is where it may.
 func TestChooseProperties(t *testing.T) {
-	t.Parallel()
+	for name, policy := range map[string]func(all, ready []*endpoint) chooser{
+		P2CName: func(_, ready []*endpoint) chooser { return &p2c{ready, tau} },
+		RendezvousName: func(all, ready []*endpoint) chooser {
+			p := newRendezvous(ready, namedByWeight(ready), &rendezvousConfig{eps: .25}, all[0].crowd)
+			for _, e := range all {
+				if !slices.Contains(ready, e) {
+					p.adrift = append(p.adrift, e)
+				}
+			}
+			return p
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testChooseProperties(t, policy)
+		})
+	}
+}
+
+// namedByWeight gives the first endpoint weight 1, the second 2 and so on.
+func namedByWeight(ready []*endpoint) []resolver.Endpoint {
+	named := make([]resolver.Endpoint, len(ready))
+	for i := range named {
+		named[i] = weight.Set(named[i], weight.EndpointInfo{Weight: uint32(i + 1)})
+	}
+	return named
+}
+
+func testChooseProperties(t *testing.T, policy func(all, ready []*endpoint) chooser) {
 	r := rand.New(rand.NewPCG(7, 7))
 	all := make([]*endpoint, 8)
 	for i := range all {
-		all[i] = &endpoint{key: string(rune('a' + i))}
+		all[i] = &endpoint{key: string(rune('a' + i)), crowd: new(crowd)}
+		all[i].crowd = all[0].crowd
 	}
 	type sent struct {
 		*attempt.Attempt
@@ -288,20 +322,23 @@ func TestChooseProperties(t *testing.T) {
 	}
 	type call struct {
 		attempt.Call
+		ctx  context.Context
 		sent []*sent
 	}
 	calls := make([]*call, 10)
 	var picks, unsent, again int
-	p := p2c{tau: tau}
+	var ready []*endpoint
+	var p chooser
 	for op := range 100_000 {
 		now := time.Duration(op) * ms
 		if op%50 == 0 { // churn
-			p.ready = nil
+			ready = nil
 			for _, e := range all {
 				if r.IntN(3) > 0 {
-					p.ready = append(p.ready, e)
+					ready = append(ready, e)
 				}
 			}
+			p = policy(all, ready)
 		}
 		ci := r.IntN(len(calls))
 		c := calls[ci]
@@ -313,7 +350,7 @@ func TestChooseProperties(t *testing.T) {
 					}
 				}
 			}
-			c = &call{}
+			c = &call{ctx: WithKey(context.Background(), []string{"", "hot", "hot", "cold"}[r.IntN(4)])}
 			calls[ci] = c
 		}
 		if r.IntN(2) == 0 && len(c.sent) > 0 { // an attempt ends
@@ -333,7 +370,7 @@ func TestChooseProperties(t *testing.T) {
 			running[s.e] = running[s.e] || !s.ended
 		}
 		var untried, over int
-		for _, e := range p.ready {
+		for _, e := range ready {
 			if !tried[e] {
 				untried++
 			}
@@ -344,7 +381,7 @@ func TestChooseProperties(t *testing.T) {
 		s := &sent{Attempt: new(attempt.Attempt)}
 		s.Init(&c.Call, len(c.sent)+1, attempt.Hedge)
 		v := s.View()
-		i := p.choose(now, v, false, r.IntN)
+		i := p.route(request{c.ctx, now, false, r.IntN}, v)
 		picks++
 		if i < 0 {
 			unsent++
@@ -354,7 +391,7 @@ func TestChooseProperties(t *testing.T) {
 			s.MarkUnsent()
 			continue
 		}
-		s.e = p.ready[i]
+		s.e = ready[i]
 		if running[s.e] {
 			t.Fatalf("op %d: sent beside a running sibling", op)
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -38,14 +39,15 @@ func (c *fakeConn) UpdateState(s balancer.State)          { c.state = s }
 func (c *fakeConn) Target() string                        { return "fake:///" }
 func (c *fakeConn) ResolveNow(resolver.ResolveNowOptions) {}
 func (c *fakeConn) RemoveSubConn(balancer.SubConn)        {}
-func (c *fakeConn) NewSubConn(_ []resolver.Address, o balancer.NewSubConnOptions) (balancer.SubConn, error) {
-	sc := &fakeSubConn{listen: o.StateListener}
+func (c *fakeConn) NewSubConn(as []resolver.Address, o balancer.NewSubConnOptions) (balancer.SubConn, error) {
+	sc := &fakeSubConn{addr: as[0].Addr, listen: o.StateListener}
 	c.conns = append(c.conns, sc)
 	return sc, nil
 }
 
 type fakeSubConn struct {
 	balancer.SubConn
+	addr           string
 	listen, health func(balancer.SubConnState)
 }
 
@@ -92,14 +94,32 @@ func resolve(tb testing.TB, b balancer.Balancer, cfg serviceconfig.LoadBalancing
 // got is the DoneInfo of an attempt that was answered.
 var got = balancer.DoneInfo{BytesSent: true, BytesReceived: true}
 
+// ours are the names of this package's balancers.
+var ours = []string{P2CName, RendezvousName}
+
+// shardsOf returns the machinery of one of ours.
+func shardsOf(b balancer.Balancer) *shards {
+	if r, ok := b.(*rendezvousBalancer); ok {
+		return r.shards
+	}
+	return b.(*p2cBalancer).shards
+}
+
 func TestPickAllocatesOnce(t *testing.T) {
-	cc, _ := fakeReady(t, P2CName, 10)
+	for _, name := range ours {
+		t.Run(name, func(t *testing.T) { testPickAllocatesOnce(t, name) })
+	}
+}
+
+func testPickAllocatesOnce(t *testing.T, policy string) {
+	cc, _ := fakeReady(t, policy, 10)
 	var call attempt.Call
 	a := new(attempt.Attempt)
 	a.Init(&call, 1, attempt.First)
 	for name, ctx := range map[string]context.Context{
 		"plain":        context.Background(),
-		"with attempt": attempt.NewContext(context.Background(), a),
+		"with key":     WithKey(context.Background(), "k"),
+		"with attempt": attempt.NewContext(WithKey(context.Background(), "k"), a),
 	} {
 		info := balancer.PickInfo{FullMethodName: "/kv.KV/Get", Ctx: ctx}
 		pick := func() {
@@ -193,10 +213,57 @@ func TestEmptyDoneInfo(t *testing.T) {
 	}
 }
 
+// A chooser is told the time, whether the attempt is a stream, and the decay time. Two
+// endpoints are equally idle, and the slower one is due for a probe, which no stream is.
+func TestRoute(t *testing.T) {
+	fast, slow := &endpoint{key: "fast"}, &endpoint{key: "slow"}
+	fast.record(0, 2*ms, tau, answered)
+	slow.record(0, 3*ms, tau, answered)
+	fast.record(2*tau, 2*ms, tau, answered)
+	eps := []*endpoint{fast, slow}
+	for name, p := range map[string]chooser{
+		P2CName:        &p2c{eps, tau},
+		RendezvousName: newRendezvous(eps, make([]resolver.Endpoint, 2), &rendezvousConfig{eps: .25}, new(crowd)),
+	} {
+		for _, tc := range []struct {
+			now       time.Duration
+			streaming bool
+			want      *endpoint
+		}{{0, false, fast}, {2 * tau, false, slow}, {2 * tau, true, fast}} {
+			r := request{t.Context(), tc.now, tc.streaming, func(int) int { return 0 }}
+			if got := eps[p.route(r, attempt.View{})]; got != tc.want {
+				t.Errorf("%s at %v, streaming %v: %s, want %s", name, tc.now, tc.streaming, got.key, tc.want.key)
+			}
+		}
+	}
+
+	cc, b := fakeReady(t, P2CName, 1)
+	resolve(t, b, &p2cConfig{decayTime: time.Second}, 1)
+	p := cc.state.Picker.(*picker)
+	if in := p.chooser.(*p2c); p.tau != time.Second || in.tau != time.Second {
+		t.Errorf("decay times %v and %v, want 1s", p.tau, in.tau)
+	}
+	var c attempt.Call
+	a := attempt.Attempt{Streaming: true}
+	a.Init(&c, 1, attempt.First)
+	if _, err := p.Pick(balancer.PickInfo{Ctx: attempt.NewContext(t.Context(), &a)}); err != nil {
+		t.Fatal(err)
+	}
+	if unary, streams := p.ready[0].inFlight(); unary != 0 || streams != 1 {
+		t.Errorf("%d unary and %d streams in flight, want the stream", unary, streams)
+	}
+}
+
 // Attempts of one call that are picked at the same instant never share an
 // endpoint.
 func TestConcurrentPicksNeverShare(t *testing.T) {
-	cc, _ := fakeReady(t, P2CName, 4)
+	for _, name := range ours {
+		t.Run(name, func(t *testing.T) { testConcurrentPicksNeverShare(t, name) })
+	}
+}
+
+func testConcurrentPicksNeverShare(t *testing.T, name string) {
+	cc, _ := fakeReady(t, name, 4)
 	for round := range 2000 {
 		var call attempt.Call
 		as := make([]attempt.Attempt, 6)
@@ -204,7 +271,7 @@ func TestConcurrentPicksNeverShare(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range as {
 			as[i].Init(&call, i+1, attempt.Hedge)
-			ctx := attempt.NewContext(context.Background(), &as[i])
+			ctx := attempt.NewContext(WithKey(context.Background(), "k"), &as[i])
 			wg.Go(func() {
 				<-start
 				res, err := cc.state.Picker.Pick(balancer.PickInfo{Ctx: ctx})
@@ -231,17 +298,23 @@ func TestConcurrentPicksNeverShare(t *testing.T) {
 // Concurrent picks of real pickers, while endpoints come and go: counts come out
 // even.
 func TestPicksDuringChurn(t *testing.T) {
-	cc, b := fakeReady(t, P2CName, 20)
+	for _, name := range ours {
+		t.Run(name, func(t *testing.T) { testPicksDuringChurn(t, name) })
+	}
+}
+
+func testPicksDuringChurn(t *testing.T, name string) {
+	cc, b := fakeReady(t, name, 20)
 	var mu sync.Mutex // guards cc.state, as grpc's picker wrapper would
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
 			var open []func(balancer.DoneInfo)
-			for range 5000 {
+			for i := range 5000 {
 				mu.Lock()
 				p := cc.state.Picker
 				mu.Unlock()
-				if res, err := p.Pick(balancer.PickInfo{Ctx: context.Background()}); err == nil {
+				if res, err := p.Pick(balancer.PickInfo{Ctx: WithKey(context.Background(), strconv.Itoa(i%8))}); err == nil {
 					open = append(open, res.Done)
 				}
 				if len(open) > 10 {
@@ -267,13 +340,16 @@ func TestPicksDuringChurn(t *testing.T) {
 		mu.Unlock()
 	}
 	wg.Wait()
-	for key, e := range b.(*p2cBalancer).endpoints {
+	for key, e := range shardsOf(b).endpoints {
 		if unary, streams := e.inFlight(); unary != 0 || streams != 0 {
 			t.Errorf("%s: %d unary and %d streams in flight at the end", key, unary, streams)
 		}
 	}
-	if n := len(b.(*p2cBalancer).endpoints); n != 20 {
+	if n := len(shardsOf(b).endpoints); n != 20 {
 		t.Errorf("%d endpoints known, want 20", n)
+	}
+	if all := shardsOf(b).crowd; all != nil && all.n.Load() != 0 {
+		t.Errorf("%d in flight in all at the end", all.n.Load())
 	}
 }
 
@@ -405,31 +481,35 @@ func TestStreamLengthIsNoLatency(t *testing.T) {
 }
 
 func BenchmarkPick(b *testing.B) {
+	var keyed [64]context.Context
+	for i := range keyed {
+		keyed[i] = WithKey(context.Background(), fmt.Sprint("user-", i))
+	}
 	for _, n := range []int{10, 100, 1000} {
-		for _, name := range []string{P2CName, "least_request_experimental"} {
+		for _, name := range []string{P2CName, RendezvousName, "least_request_experimental"} {
 			cc, _ := fakeReady(b, name, n)
-			info := balancer.PickInfo{FullMethodName: "/kv.KV/Get", Ctx: context.Background()}
-			pick := func() {
+			pick := func(i int) {
+				info := balancer.PickInfo{FullMethodName: "/kv.KV/Get", Ctx: keyed[i%len(keyed)]}
 				res, err := cc.state.Picker.Pick(info)
 				if err != nil {
 					b.Fatal(err)
 				}
 				res.Done(got)
 			}
-			for range 10 * n {
-				pick()
+			for i := range 10 * n {
+				pick(i)
 			}
 			b.Run(fmt.Sprintf("endpoints=%d/%s/serial", n, name), func(b *testing.B) {
 				b.ReportAllocs()
-				for b.Loop() {
-					pick()
+				for i := 0; b.Loop(); i++ {
+					pick(i)
 				}
 			})
 			b.Run(fmt.Sprintf("endpoints=%d/%s/parallel", n, name), func(b *testing.B) {
 				b.ReportAllocs()
 				b.RunParallel(func(pb *testing.PB) {
-					for pb.Next() {
-						pick()
+					for i := 0; pb.Next(); i++ {
+						pick(i)
 					}
 				})
 			})
