@@ -66,7 +66,9 @@ type Breaker struct {
 	mu       sync.Mutex // guards what follows and serialises the writers of phase
 	openings int        // since it was last calm
 	serial   uint64     // of the latest probe
-	probes   [closeAfter]lease
+	// probes are the places of those that are out. What is left in them when the breaker
+	// opens has run out before the next probe: no open time is shorter than a lease.
+	probes [closeAfter]lease
 	// changes wait to be told; telling is set while somebody does.
 	changes []Change
 	telling bool
@@ -122,6 +124,15 @@ func (b *Breaker) Admit() (Permit, error) {
 	if now := b.now(); ph.state == Open && now < ph.until {
 		return Permit{}, b.refusal(ph.until - now)
 	}
+	p, err := b.admit()
+	if p.probe != 0 {
+		p.began = b.now() // not before the callback has returned
+	}
+	return p, err
+}
+
+// admit is Admit where a probe may be due.
+func (b *Breaker) admit() (Permit, error) {
 	b.mu.Lock()
 	defer b.unlock()
 	ph, now := b.phase.Load(), b.now()
@@ -139,7 +150,7 @@ func (b *Breaker) Admit() (Permit, error) {
 		// The next probe may go as soon as one that is out ends. Nobody knows when.
 		return Permit{}, b.refusal(0)
 	}
-	return Permit{phase: ph, began: now, probe: serial}, nil
+	return Permit{phase: ph, probe: serial}, nil
 }
 
 // permit is that of a call in a closed phase. The clock is read only if somebody will ask.
@@ -205,7 +216,6 @@ func (b *Breaker) open(from *phase, why Reason, n gobreaker.Counts) {
 	calls := newCounter(&b.cfg, b.cfg.FailureRatio, wait-1)
 	calls.open()
 	now := b.now()
-	b.probes = [closeAfter]lease{}
 	b.enter(from, &phase{b: b, state: Open, since: now, until: now + wait, calls: calls}, Change{
 		At: b.start.Add(now), Reason: why, Calls: int(n.TotalSuccesses + n.TotalFailures), Bad: int(n.TotalFailures),
 		Next: b.start.Add(now + wait),
@@ -214,7 +224,6 @@ func (b *Breaker) open(from *phase, why Reason, n gobreaker.Counts) {
 
 // halfOpen moves to a half-open phase. b.mu is held.
 func (b *Breaker) halfOpen(from *phase, now time.Duration) *phase {
-	from.calls.state() // gobreaker changes its state when it is asked
 	to := &phase{b: b, state: HalfOpen, since: now, calls: from.calls}
 	b.enter(from, to, Change{At: b.start.Add(now), Reason: ProbeDue})
 	return to

@@ -7,7 +7,7 @@ import (
 )
 
 const (
-	defaultFailureRatio  = 0.5 // that of failsafe-go's and resilience4j's documentation, too
+	defaultFailureRatio  = 0.5 // resilience4j's, too
 	defaultMinimumCalls  = 20
 	defaultWindow        = 10 * time.Second
 	defaultOpenFor       = 5 * time.Second

@@ -75,9 +75,10 @@ type lease struct {
 	until  time.Duration
 }
 
-// lend gives a place to a probe, if fewer than limit are out. b.mu is held.
+// lend gives a place to a probe, if fewer than limit are out, which is at most as many as
+// there are places. b.mu is held.
 func (b *Breaker) lend(now time.Duration, limit int) (serial uint64, ok bool) {
-	free, out := -1, 0
+	free, out := 0, 0
 	for i, l := range b.probes {
 		if l.serial == 0 || now >= l.until {
 			free = i
@@ -85,7 +86,7 @@ func (b *Breaker) lend(now time.Duration, limit int) (serial uint64, ok bool) {
 			out++
 		}
 	}
-	if free < 0 || out >= limit {
+	if out >= limit {
 		return 0, false
 	}
 	b.serial++
