@@ -2,12 +2,11 @@ package hedging
 
 import (
 	"context"
-	"errors"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
+	"github.com/bobtail-rpc/bobtail/internal/outcome"
 )
 
 // Do makes one call of f, hedged by h, without gRPC. It returns the result of the
@@ -58,15 +57,7 @@ func (d *do[T]) try(b *branch) error {
 	return err
 }
 
-func (d *do[T]) code(err error) codes.Code {
-	switch {
-	case errors.Is(err, context.Canceled):
-		return codes.Canceled
-	case errors.Is(err, context.DeadlineExceeded):
-		return codes.DeadlineExceeded
-	}
-	return status.Code(err)
-}
+func (d *do[T]) code(err error) codes.Code { return outcome.CodeOf(err) }
 
 // AttemptNumber returns which attempt of its call ctx belongs to, from 1; 0 if it
 // belongs to none.

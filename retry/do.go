@@ -2,12 +2,11 @@ package retry
 
 import (
 	"context"
-	"errors"
 
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
+	"github.com/bobtail-rpc/bobtail/internal/outcome"
 )
 
 // Do makes one call of f, retried by r, without gRPC. It returns the result of the last
@@ -26,14 +25,14 @@ func Do[T any](ctx context.Context, r *Retrier, f func(ctx context.Context) (T, 
 			c.report("", codes.OK)
 			return v, nil
 		}
-		wait, why := c.ended(end{err: err, code: code(err), timedOut: timedOut})
+		wait, why := c.ended(end{err: err, code: outcome.CodeOf(err), timedOut: timedOut})
 		if why == "" {
 			if why = c.again(wait); why == CallEnded {
 				err = ctx.Err()
 			}
 		}
 		if why != "" {
-			c.report(why, code(err))
+			c.report(why, outcome.CodeOf(err))
 			return v, err
 		}
 	}
@@ -50,16 +49,6 @@ func tryOnce[T any](c *call, f func(context.Context) (T, error)) (v T, err error
 	c.now = c.r.now()
 	timedOut = limit > 0 && c.current.Err() != nil
 	return v, err, timedOut
-}
-
-func code(err error) codes.Code {
-	switch {
-	case errors.Is(err, context.Canceled):
-		return codes.Canceled
-	case errors.Is(err, context.DeadlineExceeded):
-		return codes.DeadlineExceeded
-	}
-	return status.Code(err)
 }
 
 // AttemptNumber returns which attempt of its call ctx belongs to, from 1; 0 if it

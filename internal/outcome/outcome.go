@@ -8,6 +8,9 @@
 package outcome
 
 import (
+	"context"
+	"errors"
+
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -47,6 +50,18 @@ func Of(err error) Outcome {
 		return Ignored
 	}
 	return OfCode(status.Code(err))
+}
+
+// CodeOf is the status code of an error of any function, gRPC's or not: that of a context
+// error that it wraps, else that of its gRPC status, else UNKNOWN; nil is OK.
+func CodeOf(err error) codes.Code {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return codes.Canceled
+	case errors.Is(err, context.DeadlineExceeded):
+		return codes.DeadlineExceeded
+	}
+	return status.Code(err)
 }
 
 // OfCode classifies a status code.

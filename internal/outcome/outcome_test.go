@@ -80,6 +80,20 @@ func TestReadPushback(t *testing.T) {
 	}
 }
 
+func TestCodeOf(t *testing.T) {
+	for _, tc := range []struct {
+		err  error
+		want codes.Code
+	}{
+		{nil, codes.OK}, {errors.New("plain"), codes.Unknown}, {status.Error(codes.Aborted, ""), codes.Aborted},
+		{fmt.Errorf("w: %w", context.Canceled), codes.Canceled}, {context.DeadlineExceeded, codes.DeadlineExceeded},
+	} {
+		if got := outcome.CodeOf(tc.err); got != tc.want {
+			t.Errorf("%v: %v, want %v", tc.err, got, tc.want)
+		}
+	}
+}
+
 // A refusal of our own is a full gRPC status, is found by its sentinel, also when it
 // is wrapped, and is nobody's fault.
 func TestRefusal(t *testing.T) {
