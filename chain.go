@@ -19,11 +19,12 @@ import (
 // The order of a call is fixed here and nowhere else, in one interceptor for each
 // kind of call: a link of an interceptor chain costs every call an allocation.
 //
-//	deadline -> bulkhead -> rate limit -> adaptive throttle -> breaker -> hedging or
+//	deadline -> bulkhead -> rate limit -> breaker -> adaptive throttle -> hedging or
 //	retry (opens attempts, each extra one paid from the target's budget) -> the
 //	connection's own interceptors, picker and transport
 //
-// So what refuses calls counts calls, not attempts, and a refusal is never retried.
+// So what refuses calls counts calls, not attempts, and a refusal is never retried. Why the
+// breaker comes before the throttle: docs/adr/0006.
 
 // unary is the interceptor of unary calls.
 func (c *Client) unary(ctx context.Context, name string, req, reply any, cc *grpc.ClientConn,
@@ -64,7 +65,7 @@ func (m *method) invoke(ctx context.Context, name string, req, reply any, cc *gr
 	}
 	m.first()
 	err := invoker(ctx, name, req, reply, cc, opts...)
-	m.ended(err)
+	m.ended(ctx, err)
 	return err
 }
 
@@ -152,7 +153,7 @@ func (m *method) open(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Clien
 	}
 	m.first()
 	if m.throttle != nil {
-		opts = append(slices.Clip(opts), grpc.OnFinish(m.ended))
+		opts = append(slices.Clip(opts), grpc.OnFinish(func(err error) { m.ended(ctx, err) }))
 	}
 	return streamer(ctx, desc, cc, name, opts...)
 }
@@ -167,12 +168,12 @@ func (m *method) first() {
 
 // ended tells A6 throttling of a call that makes one attempt. As a rule no code is
 // retryable for such a method, so only its successes count.
-func (m *method) ended(err error) {
+func (m *method) ended(ctx context.Context, err error) {
 	switch {
 	case m.throttle == nil:
 	case err == nil:
 		m.throttle.Success()
-	case m.counts != nil && m.counts(status.Code(err)):
+	case m.counts != nil && m.counts(status.Code(err)) && !outcome.IsRefusal(err) && ctx.Err() == nil:
 		m.throttle.Failure()
 	}
 }

@@ -80,17 +80,17 @@ func (g *guard) fill(ctx context.Context, p *pass) error {
 			return err
 		}
 	}
-	if g.throttle != nil {
-		if err := g.throttle.Admit(time.Now(), rand.Float64()); err == nil {
-			p.counted = true
-		} else if err := g.refuse(ctx, err); err != nil {
-			return err
-		}
-	}
 	if g.breaker != nil {
 		permit, err := g.breaker.Admit()
 		if err == nil {
 			p.permit, p.asked = permit, true
+		} else if err := g.refuse(ctx, err); err != nil {
+			return err
+		}
+	}
+	if g.throttle != nil {
+		if err := g.throttle.Admit(time.Now(), rand.Float64()); err == nil {
+			p.counted = true
 		} else if err := g.refuse(ctx, err); err != nil {
 			return err
 		}

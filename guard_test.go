@@ -645,3 +645,33 @@ func TestOptingOutCounts(t *testing.T) {
 		}
 	})
 }
+
+// Breaker and throttle together are back no later than the throttle alone: while the
+// breaker is open the throttle is not asked, and so does not count its own refusals.
+func TestBreakerBeforeThrottle(t *testing.T) {
+	last := func(keys string) (refused time.Duration) {
+		synctest.Test(t, func(t *testing.T) {
+			f := byKey(t, 3)
+			kv, _ := client(t, f, policy(t, `{"methodConfig": [{"name": [{}], `+keys+`}]}`))
+			start := time.Now()
+			const healthy, out = time.Minute, 2 * time.Minute
+			for at := time.Duration(0); at < healthy+out+time.Minute; at += 50 * ms {
+				time.Sleep(time.Until(start.Add(at)))
+				key := ""
+				if at >= healthy && at < healthy+out {
+					key = "fail"
+				}
+				if err := get(t.Context(), kv, key); err != nil && at >= healthy+out {
+					refused = at - healthy - out
+				}
+			}
+		})
+		return refused
+	}
+	throttle := last(`"adaptiveThrottling": {}`)
+	both := last(`"adaptiveThrottling": {}, "circuitBreaker": {}`)
+	t.Logf("the last call is refused after %v, with a breaker too after %v", throttle, both)
+	if both > throttle+5*time.Second {
+		t.Errorf("the last call is refused %v after the server is back, %v without the breaker", both, throttle)
+	}
+}

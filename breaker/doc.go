@@ -24,7 +24,9 @@
 // also gives a server that is starting again silence first, and then a ramp. It is the
 // wrong tool for outages shorter than its Window, which it makes longer by its OpenFor.
 //
-// Both together do no harm: what the breaker refuses counts for nothing in the throttle.
+// Both together do no harm if the breaker is asked first, as package bobtail does: what it
+// refuses counts for nothing in the throttle. The other way round the throttle goes on
+// counting its own refusals while the breaker is open and nobody can tell it otherwise.
 //
 // # Why for each target and method, not for each backend
 //

@@ -105,6 +105,7 @@ func newGates(fault error, build func(method string) gate) *gates {
 // enter lets a call in, or returns the error that it fails with.
 func (g *gates) enter(cc *grpc.ClientConn, method string, opts []grpc.CallOption) (pass, error) {
 	if g.err != nil {
+		rpc.Finish(opts, g.err)
 		return pass{}, g.err
 	}
 	p, err := g.Of(cc, method).pass()

@@ -1,6 +1,7 @@
 package breaker
 
 import (
+	"io"
 	"time"
 
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
@@ -21,9 +22,14 @@ type Permit struct {
 // is for calls by gRPC: an error without a status is a failure.
 func (p *Permit) Done(err error) { p.end(outcome.Of(err), true) }
 
-// DoneStream is [Permit.Done] for a stream. How long it lived is no latency, so it
-// is never slow.
-func (p *Permit) DoneStream(err error) { p.end(outcome.Of(err), false) }
+// DoneStream is [Permit.Done] for a stream: io.EOF is its success. How long it lived is no
+// latency, so it is never slow.
+func (p *Permit) DoneStream(err error) {
+	if err == io.EOF {
+		err = nil
+	}
+	p.end(outcome.Of(err), false)
+}
 
 // Success ends a call that the server answered.
 func (p *Permit) Success() { p.end(outcome.Success, true) }

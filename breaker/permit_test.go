@@ -1,6 +1,8 @@
 package breaker
 
 import (
+	"context"
+	"io"
 	"testing"
 	"time"
 
@@ -398,5 +400,33 @@ func FuzzBreaker(f *testing.F) {
 			r.calls("sssss")
 			r.is(t, Closed)
 		})
+	})
+}
+
+// io.EOF is how a good stream ends, and a context error that an interceptor returns as it
+// is counts as its status would.
+func TestPlainErrors(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		b, err := New(Config{MinimumCalls: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, end := range []func(p *Permit){
+			func(p *Permit) { p.DoneStream(io.EOF) },
+			func(p *Permit) { p.Done(context.Canceled) },
+		} {
+			p, err := b.Admit()
+			if err != nil {
+				t.Fatal(err)
+			}
+			end(&p)
+			if b.State() != Closed {
+				t.Fatal("it opens")
+			}
+		}
+		p, _ := b.Admit()
+		if p.Done(context.DeadlineExceeded); b.State() != Open {
+			t.Error("a deadline is no failure")
+		}
 	})
 }

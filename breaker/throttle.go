@@ -50,8 +50,8 @@ type ThrottleConfig struct {
 	K float64
 
 	// Window is how far back requests count, in [1s, 1h], to a 60th of it. Default 2m,
-	// because that is the source's. An outage shorter than Window x (1-1/K)
-	// throttles nobody, and the time to recover is in proportion to it as well.
+	// because that is the source's. After a window of success an outage shorter
+	// than Window x (1-1/K) throttles nobody; and the time to recover is in proportion to it as well.
 	Window time.Duration
 
 	// Method is the full name of the method, such as "/kv.KV/Get", for refusals. It may be
@@ -90,10 +90,13 @@ func (c ThrottleConfig) Validate() error {
 //
 // So that it recovers soon, p is also at most what the formula says of the most recent
 // requests: those of the last 5/60 of the window, or of more if these are fewer than 100.
-// What is over throttles nobody. By default and at 100 calls/s an outage of up to Window x
-// (1-1/K), a minute, refuses no call; after one of two minutes or of ten the last
-// call is refused 20 s after the server is back. By the formula alone that would be 4 min 32
-// s, and with K 1.1, where it is 2 min 18 s, more than 20 minutes.
+// And of fewer than 100 in the whole window it says nothing: p is 0.
+//
+// By default and at 100 calls/s, after two minutes of success, an outage of up to Window x
+// (1-1/K), a minute, refuses no call; after a longer one the last call is refused about 20 s
+// after the server is back, and likewise after any outage that begins with the client, which
+// has seen nothing better. By the formula alone that would be 4.5 minutes after an outage of
+// ten, and with K 1.1, where it is about 2 minutes, more than 20.
 //
 // The methods take the time and a random number as arguments, and read no clock. A time
 // before the latest one counts as part of the latest slot. A Throttle is made by
@@ -197,6 +200,9 @@ func (t *Throttle) Probability(now time.Time) float64 {
 
 // probability is p. t.mu is held.
 func (t *Throttle) probability() float64 {
+	if t.sum.requests < recentRequests {
+		return 0 // a first call that failed is no overload
+	}
 	p := t.formula(t.sum)
 	if p == 0 {
 		return 0

@@ -113,20 +113,23 @@ func TestThrottleSteps(t *testing.T) {
 		}
 	}
 	p(0, 0)
-	record(0, 10, 's')
-	record(0, 10, 'f')
+	record(0, 99, 'f')
+	p(0, 0) // of so few it says nothing
+	admit(0, 0, true)
+	record(0, 100, 's')
+	record(0, 1, 'f')
 	p(0, 0) // a server that accepts 1/K is sent everything
 	admit(0, 0, true)
-	record(100*ms, 9, 'f')
-	p(100*ms, 9.0/30)
-	admit(200*ms, 0.3, true) // u < p refuses
-	admit(300*ms, 0.29, false)
-	p(300*ms, 10.0/31) // what it refused is a request, too
-	admit(1100*ms, 0.31, false)
+	record(100*ms, 99, 'f')
+	p(100*ms, 99.0/300)
+	admit(200*ms, 0.33, true) // u < p refuses
+	admit(300*ms, 0.32, false)
+	p(300*ms, 100.0/301) // what it refused is a request, too
+	admit(1100*ms, 0.33, false)
 	admit(1199*ms, 0, false)
 	admit(1200*ms, 0, true) // a second after the last was let in
 	admit(1201*ms, 0, false)
-	record(2*sec, 1000, 'f')
+	record(2*sec, 10000, 'f')
 	p(2*sec, 0.95)
 	admit(2100*ms, 0.95, true)
 	admit(2100*ms, 0.949, false)
@@ -139,9 +142,9 @@ func TestThrottleSteps(t *testing.T) {
 	}
 	admit(62*sec, 0, true)
 	// A clock that goes back counts in the newest slot; so does one before the start.
-	record(30*sec, 1, 'f')
+	record(30*sec, 99, 'f')
 	record(-time.Hour, 1, 'f')
-	p(62*sec, 2.0/3)
+	p(62*sec, 0.95)
 	// A pause of years.
 	p(10*365*24*time.Hour, 0)
 	admit(10*365*24*time.Hour, 0, true)
@@ -156,13 +159,13 @@ func TestThrottleCalm(t *testing.T) {
 			t.Errorf("%s: calm until %v, want %v", when, got, until)
 		}
 	}
-	for range 10 {
+	for range 100 {
 		th.Record(at(0), nil)
 	}
 	calm("after successes", sec)
 	th.Admit(at(5*sec), 0)
 	calm("a call in a later slot", 6*sec)
-	for range 10 {
+	for range 100 {
 		th.Record(at(30*sec), ends['f'])
 	}
 	calm("half of the requests accepted", 31*sec)
@@ -263,7 +266,10 @@ func TestThrottleModel(t *testing.T) {
 				now += time.Duration(rng.IntN(70)) * sec
 			}
 			slot := int64(now / sec)
-			p, _ := formula(slot - 59)
+			p, all := formula(slot - 59)
+			if all < 100 {
+				p = 0
+			}
 			for back := int64(4); back < 60 && p > 0; back++ {
 				if recent, n := formula(slot - back); n >= 100 {
 					p = min(p, recent)
@@ -471,5 +477,31 @@ func TestThrottleAllocatesNothing(t *testing.T) {
 		}); n != 0 {
 			t.Errorf("calls that end %q: %v allocations, want none", end, n)
 		}
+	}
+}
+
+// A client that meets an outage first knows nothing better: it is back as soon as one that
+// has been served for long. One call that fails is no outage.
+func TestThrottleNoPast(t *testing.T) {
+	th := newThrottle(t, ThrottleConfig{})
+	th.Record(at(10*ms), ends['f'])
+	if err := th.Admit(at(20*ms), 0); err != nil {
+		t.Errorf("the second call is refused because the first failed: %v", err)
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	var last time.Duration
+	for now := 30 * ms; now < 2*time.Minute; now += 10 * ms {
+		if th.Admit(at(now), rng.Float64()) != nil {
+			last = now
+			continue
+		}
+		if now < 5*sec {
+			th.Record(at(now), ends['f'])
+		} else {
+			th.Record(at(now), nil)
+		}
+	}
+	if back := last - 5*sec; back > 25*sec || back < 0 {
+		t.Errorf("the last call is refused %v after the server is back, want about 20s", back)
 	}
 }

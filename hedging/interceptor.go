@@ -10,6 +10,7 @@ import (
 
 	"github.com/bobtail-rpc/bobtail/internal/latency"
 	"github.com/bobtail-rpc/bobtail/internal/permethod"
+	"github.com/bobtail-rpc/bobtail/internal/rpc"
 )
 
 // UnaryClientInterceptor returns an interceptor that hedges every unary call made
@@ -22,6 +23,7 @@ func UnaryClientInterceptor(cfg Config) grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
 		invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		if m.err != nil {
+			rpc.Finish(opts, m.err)
 			return m.err
 		}
 		return m.Of(cc, method).InvokeUnary(ctx, method, req, reply, cc, invoker, opts...)
@@ -39,6 +41,7 @@ func StreamClientInterceptor(cfg Config) grpc.StreamClientInterceptor {
 			return streamer(ctx, desc, cc, method, opts...)
 		}
 		if m.err != nil {
+			rpc.Finish(opts, m.err)
 			return nil, m.err
 		}
 		return m.Of(cc, method).OpenStream(ctx, desc, cc, method, streamer, opts...)

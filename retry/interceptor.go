@@ -8,6 +8,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/internal/permethod"
+	"github.com/bobtail-rpc/bobtail/internal/rpc"
 )
 
 // UnaryClientInterceptor returns an interceptor that retries every unary call made
@@ -21,6 +22,7 @@ func UnaryClientInterceptor(cfg Config) grpc.UnaryClientInterceptor {
 	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
 		invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		if m.err != nil {
+			rpc.Finish(opts, m.err)
 			return m.err
 		}
 		return m.Of(cc, method).InvokeUnary(ctx, method, req, reply, cc, invoker, opts...)
@@ -38,6 +40,7 @@ func StreamClientInterceptor(cfg Config) grpc.StreamClientInterceptor {
 			return streamer(ctx, desc, cc, method, opts...)
 		}
 		if m.err != nil {
+			rpc.Finish(opts, m.err)
 			return nil, m.err
 		}
 		return m.Of(cc, method).OpenStream(ctx, desc, cc, method, streamer, opts...)

@@ -229,3 +229,46 @@ func TestUnsentOnlyLearnsNothing(t *testing.T) {
 		t.Errorf("%v, with a tracker: %v", err, other.latency != nil)
 	}
 }
+
+// A server's answer is that, even if it comes together with the attempt's timeout.
+func TestAnswerAtTheLastMoment(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := streamOf(t, Config{MaxAttempts: 3, Backoff: doubling, AttemptTimeout: 10 * ms}, func(int) played {
+			return played{recv: func() error {
+				time.Sleep(10 * ms)
+				return status.Error(codes.InvalidArgument, "an answer")
+			}}
+		})
+		if err := s.RecvMsg(&kvpb.Response{}); status.Code(err) != codes.InvalidArgument || s.(*stream).number != 1 {
+			t.Errorf("%v after %d attempts, want the answer of the first", err, s.(*stream).number)
+		}
+	})
+}
+
+// An interceptor below that turns a message down leaves its stream alive: nobody waits for
+// that stream's header.
+func TestTurnedDownBelow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begin := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		var header metadata.MD
+		no := status.Error(codes.InvalidArgument, "no")
+		s, err := StreamClientInterceptor(Config{MaxAttempts: 3, Backoff: doubling, RetryableCodes: unavailable})(ctx,
+			&grpc.StreamDesc{ServerStreams: true}, nil, "/s/m",
+			func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+				return waiting{played{failing: failing{ctx: ctx}, send: no}}, nil
+			}, grpc.Header(&header))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.SendMsg(&kvpb.Request{}); err != no || time.Since(begin) != 0 {
+			t.Errorf("%v after %v, want the refusal at once", err, time.Since(begin))
+		}
+	})
+}
+
+// waiting is a stream whose header comes when its context ends.
+type waiting struct{ played }
+
+func (w waiting) Header() (metadata.MD, error) { <-w.ctx.Done(); return nil, w.ctx.Err() }

@@ -38,14 +38,14 @@ func (r *Retrier) OpenStream(ctx context.Context, desc *grpc.StreamDesc, cc *grp
 	// write into each other's.
 	s.each = slices.Clip(rpc.ForAttempt(make([]grpc.CallOption, 0, len(opts)), opts))
 	s.begin(r, ctx, method, true)
+	if rpc.HasOnFinish(opts) {
+		// The caller may end the call by its context and never receive.
+		s.unwatch = context.AfterFunc(ctx, func() { s.onFinish(status.FromContextError(ctx.Err()).Err()) })
+	}
 	if late, err := s.open(); err != nil {
 		if err := s.mend(err, late); err != nil {
 			return nil, s.finish(err)
 		}
-	}
-	if rpc.HasOnFinish(opts) {
-		// The caller may end the call by its context and never receive.
-		s.unwatch = context.AfterFunc(ctx, func() { s.onFinish(status.FromContextError(ctx.Err()).Err()) })
 	}
 	return s, nil
 }
@@ -92,7 +92,7 @@ func (s *stream) open() (late bool, err error) {
 	s.mu.Unlock()
 	s.arm()
 	live, err := s.streamer(a, s.desc, s.cc, s.attempts.Method, append(slices.Clip(s.each),
-		grpc.Peer(&a.peer), grpc.OnFinish(func(error) { a.over.Store(true) }), rpc.OnClosed(s.onFinish))...)
+		grpc.Peer(&a.peer), grpc.OnFinish(func(error) { a.over.Store(true) }), rpc.OnClosed(s.closedUnder))...)
 	if err != nil {
 		live = unopened{ctx: s.ctx}
 	}
@@ -108,12 +108,43 @@ func (s *stream) open() (late bool, err error) {
 	if err == nil && closed {
 		err = live.CloseSend()
 	}
-	if err != nil || !s.wanted {
-		if late = s.expired(); late && err == nil {
-			err = status.FromContextError(context.Canceled).Err() // mend knows better
-		}
+	if err == nil && s.wanted {
+		return false, nil
+	}
+	_, late = s.verdict(err)
+	if err == nil && (late || s.ctx.Err() != nil) {
+		err = status.FromContextError(context.Canceled).Err() // the stream is cut off already
 	}
 	return late, err
+}
+
+// verdict stops the newest attempt's timer, and says of what came of opening it or of its
+// first receive whether that commits the stream, or is that its time ran out. A message
+// that comes together with the timeout is as good as none, since the CANCELLED of a stream
+// that is cut off follows it; unless that is the end of the call too. An answer of the
+// server's is that, even then.
+func (s *stream) verdict(err error) (commit, timedOut bool) {
+	late := s.expired() && s.ctx.Err() == nil
+	switch {
+	case err == io.EOF:
+		return true, false
+	case err == nil:
+		return !late, late
+	}
+	return false, late && status.Code(err) == codes.Canceled
+}
+
+// closedUnder ends the call because its connection was closed: nobody need receive any
+// more.
+func (s *stream) closedUnder(err error) {
+	s.mu.Lock()
+	cancel := s.cancel
+	s.mu.Unlock()
+	cancel()
+	if s.unwatch != nil {
+		s.unwatch()
+	}
+	s.onFinish(err)
 }
 
 // arm starts the newest attempt's timer.
@@ -138,7 +169,6 @@ func (s *stream) expired() bool {
 func (s *stream) mend(err error, timedOut bool) error {
 	for {
 		s.now = s.r.now()
-		timedOut = timedOut && s.ctx.Err() == nil
 		if timedOut {
 			// grpc says CANCELLED, since it was we who ended it.
 			err = status.Errorf(codes.DeadlineExceeded, "retry: attempt %d brought no message within %v", s.number, s.r.cfg.AttemptTimeout)
@@ -241,14 +271,12 @@ func (s *stream) receiveFirst(m any) (bool, error) {
 	s.receiving()
 	for {
 		err := s.newest().RecvMsg(m)
-		late := s.expired()
-		// A message that came together with the timeout is followed by the CANCELLED of
-		// a stream that is cut off, so it is as good as none; unless that is the end of the
-		// call too.
-		if err == io.EOF || err == nil && (!late || s.ctx.Err() != nil) {
+		commit, timedOut := s.verdict(err)
+		if commit {
 			s.commit()
 			return true, err
-		} else if s.result = s.mend(err, late); s.result != nil {
+		}
+		if s.result = s.mend(err, timedOut); s.result != nil {
 			return true, s.result
 		}
 	}
@@ -269,10 +297,10 @@ func (s *stream) Header() (metadata.MD, error) {
 			// Receiving tells how.
 			err = live.RecvMsg(new(emptypb.Empty))
 		}
-		if late := s.expired(); err == io.EOF || err == nil && (!late || s.ctx.Err() != nil) {
+		if commit, timedOut := s.verdict(err); commit {
 			s.commit()
 		} else {
-			s.result = s.mend(err, late) // for RecvMsg to tell, as grpc has it
+			s.result = s.mend(err, timedOut) // for RecvMsg to tell, as grpc has it
 		}
 	}
 	return s.newest().Header()
@@ -300,6 +328,9 @@ func (s *stream) finish(err error) error {
 	s.mu.Lock()
 	live, cancel := s.live, s.cancel
 	s.mu.Unlock()
+	// First, because a stream of an interceptor below may have failed to send and live on:
+	// its header would be waited for.
+	cancel()
 	// Once: SendMsg and RecvMsg may both meet the end, at the same time.
 	s.given.Do(func() {
 		if _, never := live.(unopened); never {
@@ -309,7 +340,6 @@ func (s *stream) finish(err error) error {
 			rpc.GiveStream(s.opts, live)
 		}
 	})
-	cancel()
 	if s.unwatch != nil {
 		s.unwatch()
 	}

@@ -23,7 +23,8 @@ import (
 // UNAVAILABLE is retryable or not, if it ended UNAVAILABLE and grpc says that it has ended the
 // attempt's call without opening a stream: its OnFinish ran and its Peer was not set. Where an
 // interceptor below drops the options that it is given, grpc says nothing, and that is no
-// proof.
+// proof. Dial with grpc.WithDisableRetry(): what grpc's own retries have sent before their
+// last attempt found no backend, it does not say.
 func (r *Retrier) InvokeUnary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	u := &unary{}

@@ -129,7 +129,7 @@ func (g *gate) leave() {
 func (gs *gates) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	if gs.err != nil {
-		return gs.err
+		return finish(opts, gs.err)
 	}
 	g := gs.Of(cc, method)
 	if err := g.enter(ctx); err != nil {
@@ -142,7 +142,7 @@ func (gs *gates) unary(ctx context.Context, method string, req, reply any, cc *g
 func (gs *gates) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string,
 	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	if gs.err != nil {
-		return nil, gs.err
+		return nil, finish(opts, gs.err)
 	}
 	g := gs.Of(cc, method)
 	if err := g.enter(ctx); err != nil {

@@ -223,12 +223,13 @@ func (l *RateLimit) leave(w *waiter) *waiter {
 	return w
 }
 
-// asks tells a waiter whether its turn has come, or how long it might take.
-func (l *RateLimit) asks(w *waiter, now time.Time) (called bool, wait time.Duration) {
+// asks tells a waiter whether its turn has come, and, if it is the first in the queue, how
+// long it might take; the others are told when they are.
+func (l *RateLimit) asks(w *waiter, now time.Time) (called, first bool, wait time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.settle(now)
-	return w.called, l.until(1)
+	return w.called, l.queue.Front() == w.place, l.until(1)
 }
 
 // givesUp takes a waiter out whose call has ended. One that has been called is out already,
@@ -279,11 +280,13 @@ func (l *RateLimit) stand(ctx context.Context, t turn) error {
 			l.givesUp(t.waiter)
 			return status.FromContextError(err).Err()
 		}
-		called, wait := l.asks(t.waiter, time.Now())
+		called, first, wait := l.asks(t.waiter, time.Now())
 		if called {
 			return nil
 		}
-		timer.Reset(wait)
+		if first {
+			timer.Reset(wait)
+		}
 	}
 }
 

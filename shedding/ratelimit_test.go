@@ -108,7 +108,7 @@ func TestGiveUp(t *testing.T) {
 		default:
 			t.Errorf("%s: the first in the queue was not told", what)
 		}
-		if is, wait := l.asks(w.waiter, l.latest); is != called || !called && wait != want {
+		if is, _, wait := l.asks(w.waiter, l.latest); is != called || !called && wait != want {
 			t.Errorf("%s: called %v, to wait %v, want %v, %v", what, is, wait, called, want)
 		}
 	}
@@ -199,7 +199,7 @@ func TestLateTimer(t *testing.T) {
 	for range 6 {
 		all = append(all, l.reserve(epoch, time.Time{}))
 	}
-	if called, _ := l.asks(all[1].waiter, epoch.Add(3*ms)); !called {
+	if called, _, _ := l.asks(all[1].waiter, epoch.Add(3*ms)); !called {
 		t.Fatal("not called")
 	}
 	for i, want := range []bool{true, true, true, false, false} {

@@ -41,7 +41,8 @@ func (o Outcome) String() string {
 }
 
 // Of classifies the error of an attempt; nil is success. An error that carries
-// no gRPC status is UNKNOWN, a failure; a [Refusal] is ignored.
+// no gRPC status is that of the context error that it wraps, which interceptors return as
+// it is, else UNKNOWN, a failure; a [Refusal] is ignored.
 func Of(err error) Outcome {
 	if err == nil {
 		return Success
@@ -49,7 +50,7 @@ func Of(err error) Outcome {
 	if IsRefusal(err) {
 		return Ignored
 	}
-	return OfCode(status.Code(err))
+	return OfCode(CodeOf(err))
 }
 
 // CodeOf is the status code of an error of any function, gRPC's or not: that of a context

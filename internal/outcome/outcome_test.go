@@ -35,7 +35,8 @@ func TestEveryCode(t *testing.T) {
 	for err, w := range map[error]outcome.Outcome{
 		nil:                                      outcome.Success,
 		errors.New("plain"):                      outcome.Failure,
-		context.Canceled:                         outcome.Failure, // carries no status: whoever returns it below gRPC is not the caller
+		context.Canceled:                         outcome.Ignored, // an interceptor's, as it is
+		context.DeadlineExceeded:                 outcome.Failure,
 		fmt.Errorf("w: %w", status.Error(5, "")): outcome.Success,
 	} {
 		if got := outcome.Of(err); got != w {
