@@ -34,7 +34,7 @@ func bench(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	return code, out.String(), errs.String()
 }
 
-// What the JSON document promises, by the issue's own keys. No figure is judged:
+// What the JSON document promises, by its keys. No figure is judged:
 // the machine may be busy.
 type document struct {
 	Schema   int

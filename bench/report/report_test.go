@@ -116,7 +116,7 @@ func golden(t *testing.T, name string, got []byte) {
 	}
 }
 
-// The keys that the issue promises, whatever else is added.
+// The keys that are promised, whatever else is added.
 func TestJSONKeys(t *testing.T) {
 	r := &Report{Scenario: named(t, "stragglers"), Policies: []Policy{{Name: "none"}}}
 	var out bytes.Buffer

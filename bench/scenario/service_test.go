@@ -52,7 +52,7 @@ func TestDistributions(t *testing.T) {
 	within(t, times(mixture, 1, 50_000), 0.75, 5)
 }
 
-// The embedded scenarios are what the issue says.
+// The embedded scenarios are what their descriptions say.
 func TestScenarios(t *testing.T) {
 	named := func(name string) *Scenario {
 		s, err := Named(name)
