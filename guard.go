@@ -152,7 +152,7 @@ func (p *pass) leaveStream(err error) {
 // guard makes the guard that an entry wants for a method, of the parts that are kept
 // where the entry has not changed them. The parts that it no longer wants are kept as
 // well: a policy that is switched off and on again goes on where it was.
-func (k *kept) guard(c *Client, m *method, e *entry, name string) error {
+func (k *kept) guard(c *Client, target string, m *method, e *entry, name string) error {
 	if e.breaker == nil && e.throttling == nil && e.rate == nil && e.maxInFlight == 0 {
 		return nil
 	}
@@ -202,7 +202,7 @@ func (k *kept) guard(c *Client, m *method, e *entry, name string) error {
 		if k.breaker == nil || !reflect.DeepEqual(k.breakerOf, e.breaker) {
 			cfg := *e.breaker
 			cfg.Method = name
-			cfg.OnStateChange = c.breakerChanged
+			cfg.OnStateChange = func(ch breaker.Change) { c.breakerChanged(target, ch) }
 			b, err := breaker.New(cfg)
 			if err != nil {
 				return err
@@ -216,10 +216,11 @@ func (k *kept) guard(c *Client, m *method, e *entry, name string) error {
 }
 
 // breakerChanged logs what an operator wants to have been told.
-func (c *Client) breakerChanged(ch breaker.Change) {
+func (c *Client) breakerChanged(target string, ch breaker.Change) {
 	level := slog.LevelInfo
 	if ch.To == breaker.Open {
 		level = slog.LevelWarn
 	}
-	c.log.Log(context.Background(), level, "bobtail: circuit breaker "+ch.To.String(), "method", ch.Method, "from", ch.From.String())
+	c.log.Log(context.Background(), level, "bobtail: circuit breaker "+ch.To.String(), "target", target,
+		"method", ch.Method, "from", ch.From.String(), "reason", string(ch.Reason))
 }

@@ -1,9 +1,11 @@
 package bobtail_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync"
@@ -674,4 +676,30 @@ func TestBreakerBeforeThrottle(t *testing.T) {
 	if both > throttle+5*time.Second {
 		t.Errorf("the last call is refused %v after the server is back, %v without the breaker", both, throttle)
 	}
+}
+
+// The log tells each change of a breaker: of which method of which target, and why.
+func TestBreakerIsLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		f := byKey(t, 3)
+		kv, _ := client(t, f, policy(t, `{"methodConfig": [{"name": [{}], "circuitBreaker": {"minimumCalls": 4, "openFor": "10s"}}]}`),
+			bobtail.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+		for range 4 {
+			get(t.Context(), kv, "fail")
+		}
+		time.Sleep(20 * time.Second)
+		for range 5 {
+			get(t.Context(), kv, "")
+		}
+		for _, want := range []string{
+			`level=WARN msg="bobtail: circuit breaker open" target=fleet:///kv method=/kv.KV/Get from=closed reason=failures`,
+			`level=INFO msg="bobtail: circuit breaker half-open" target=fleet:///kv method=/kv.KV/Get from=open reason="probe due"`,
+			`level=INFO msg="bobtail: circuit breaker closed" target=fleet:///kv method=/kv.KV/Get from=half-open reason="probes succeeded"`,
+		} {
+			if strings.Count(log.String(), want) != 1 {
+				t.Errorf("want once %s in\n%s", want, log.String())
+			}
+		}
+	})
 }

@@ -33,6 +33,8 @@ type target struct {
 	// atomic because every call reads it.
 	table atomic.Pointer[table]
 
+	name string // cc.Target(), or "" of those beyond the bound
+
 	mu       sync.Mutex // guards the rest and serialises the writers of table
 	kept     map[string]*kept
 	budget   *retry.Budget
@@ -93,7 +95,7 @@ func (c *Client) target(cc *grpc.ClientConn) *target {
 	if t := old[name]; t != nil {
 		return t
 	}
-	t := &target{kept: map[string]*kept{}}
+	t := &target{name: name, kept: map[string]*kept{}}
 	t.table.Store(&table{})
 	grown := maps.Clone(old)
 	grown[name] = t
@@ -207,7 +209,7 @@ func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *metho
 		t.kept[name] = k
 	}
 	hedge, retries, skipped := e.extra(name, named)
-	errs := errors.Join(k.guard(c, m, e, name), k.hedge(c, m, hedge, e.mode), k.retry(c, m, retries, e.mode))
+	errs := errors.Join(k.guard(c, t.name, m, e, name), k.hedge(c, m, hedge, e.mode), k.retry(c, m, retries, e.mode))
 	if errs != nil {
 		// The document was checked against the same bounds, so this is a bug of
 		// ours; the caller's call must not pay for it.
