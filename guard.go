@@ -49,9 +49,9 @@ type pass struct {
 	asked   bool // permit is the breaker's
 }
 
-// enter lets a call in, or returns the error to refuse it with. The order is that of
-// their costs: a place in the bulkhead bounds those who wait for their turn, too, and
-// nobody waits for a turn that the bulkhead would then refuse.
+// enter lets a call in, or returns the error to refuse it with. The bulkhead comes first: its
+// places bound those who wait for their turn, too, and nobody waits for a turn only to find
+// it full.
 func (g *guard) enter(ctx context.Context) (p pass, err error) {
 	p.guard = g
 	// Whatever was taken before a refusal, or before a panic in somebody's hook, goes back.

@@ -272,3 +272,61 @@ func TestTurnedDownBelow(t *testing.T) {
 type waiting struct{ played }
 
 func (w waiting) Header() (metadata.MD, error) { <-w.ctx.Done(); return nil, w.ctx.Err() }
+
+// When the caller's deadline comes together with the attempt's timeout, it is the deadline
+// that the caller is told of, whichever of the two cut the stream off: before the first
+// message, after it, and by a stream that ignores which it was.
+func TestDeadlineIsToldAsSuch(t *testing.T) {
+	for _, after := range []int{0, 1} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*ms)
+			defer cancel()
+			n := 0
+			s, err := StreamClientInterceptor(Config{MaxAttempts: 3, Backoff: doubling, AttemptTimeout: 10 * ms})(ctx,
+				&grpc.StreamDesc{ServerStreams: true}, nil, "/s/m",
+				func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+					return played{failing: failing{ctx: ctx}, recv: func() error {
+						if n++; n <= after {
+							time.Sleep(11 * ms)
+							return nil
+						}
+						<-ctx.Done()
+						return status.Error(codes.Canceled, "cut off")
+					}}, nil
+				})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range after {
+				if err := s.RecvMsg(&kvpb.Response{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := s.RecvMsg(&kvpb.Response{}); status.Code(err) != codes.DeadlineExceeded {
+				t.Errorf("after %d messages: %v, want DEADLINE_EXCEEDED", after, err)
+			}
+		})
+	}
+}
+
+// A stream whose caller's time runs out while it opens is opened: receiving tells the rest.
+func TestOpenedTooLate(t *testing.T) {
+	for _, limit := range []time.Duration{0, 10 * ms} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*ms)
+			defer cancel()
+			s, err := StreamClientInterceptor(Config{MaxAttempts: 3, Backoff: doubling, RetryableCodes: unavailable, AttemptTimeout: limit})(ctx,
+				&grpc.StreamDesc{ServerStreams: true}, nil, "/s/m",
+				func(ctx context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+					time.Sleep(11 * ms)
+					return played{failing: failing{ctx: ctx}, recv: func() error { return status.FromContextError(ctx.Err()).Err() }}, nil
+				})
+			if err != nil {
+				t.Fatalf("timeout %v: %v, want it opened", limit, err)
+			}
+			if err := s.RecvMsg(&kvpb.Response{}); status.Code(err) != codes.DeadlineExceeded {
+				t.Errorf("timeout %v: %v, want DEADLINE_EXCEEDED", limit, err)
+			}
+		})
+	}
+}

@@ -112,10 +112,19 @@ func (s *stream) open() (late bool, err error) {
 		return false, nil
 	}
 	_, late = s.verdict(err)
-	if err == nil && (late || s.ctx.Err() != nil) {
+	if err == nil && late {
 		err = status.FromContextError(context.Canceled).Err() // the stream is cut off already
 	}
 	return late, err
+}
+
+// told returns err as the caller is to see it: a CANCELLED of a stream that our timer has
+// cut off is its deadline, if that has passed as well.
+func (s *stream) told(err error) error {
+	if s.ctx.Err() != nil && status.Code(err) == codes.Canceled {
+		return status.FromContextError(s.ctx.Err()).Err()
+	}
+	return err
 }
 
 // verdict stops the newest attempt's timer, and says of what came of opening it or of its
@@ -169,6 +178,7 @@ func (s *stream) expired() bool {
 func (s *stream) mend(err error, timedOut bool) error {
 	for {
 		s.now = s.r.now()
+		err = s.told(err)
 		if timedOut {
 			// grpc says CANCELLED, since it was we who ended it.
 			err = status.Errorf(codes.DeadlineExceeded, "retry: attempt %d brought no message within %v", s.number, s.r.cfg.AttemptTimeout)
@@ -247,15 +257,15 @@ func (s *stream) Trailer() metadata.MD { return s.newest().Trailer() }
 // RecvMsg receives the next message, at first that of the first attempt that has one.
 func (s *stream) RecvMsg(m any) error {
 	if begun, err := s.receiveFirst(m); begun {
-		return s.told(err)
+		return s.end(err)
 	}
-	return s.told(s.newest().RecvMsg(m))
+	return s.end(s.newest().RecvMsg(m))
 }
 
-// told ends the call if err does.
-func (s *stream) told(err error) error {
+// end ends the call if err does.
+func (s *stream) end(err error) error {
 	if err != nil {
-		return s.finish(err)
+		return s.finish(s.told(err))
 	}
 	return nil
 }
