@@ -320,20 +320,29 @@ func (r *race) settle() {
 		r.timer.Stop()
 	}
 	if r.decided != &r.first {
-		r.first.cancel()
+		r.first.supersede(r.decided)
 	}
 	if r.rare == nil {
 		return
 	}
 	for _, b := range r.rare.hedges {
 		if b != r.decided {
-			b.cancel()
+			b.supersede(r.decided)
 		}
 	}
 	if r.rare.woken != nil {
 		close(r.rare.woken)
 		r.rare.woken = nil
 	}
+}
+
+// supersede cancels a loser of the race; winner is nil if there is none, because the
+// caller has left.
+func (b *branch) supersede(winner *branch) {
+	if winner != nil {
+		b.attempt.Supersede()
+	}
+	b.cancel()
 }
 
 // wait blocks the caller, who has nothing to run, until the race is decided.

@@ -3,6 +3,7 @@ package loadbalance
 import (
 	"cmp"
 	"context"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -41,16 +42,21 @@ const (
 
 // errNotSent ends the attempt that may go nowhere. It is a status, so that grpc
 // ends the RPC at once even if it waits for ready.
-var errNotSent = notSent()
+var errNotSent = refusal(codes.Unavailable, "NOT_SENT",
+	"loadbalance: not sent: every ready endpoint has an attempt of this call in flight")
 
-func notSent() error {
-	st := status.New(codes.Unavailable,
-		"loadbalance: not sent: every ready endpoint has an attempt of this call in flight")
-	if d, err := st.WithDetails(&errdetails.ErrorInfo{Domain: "bobtail", Reason: "NOT_SENT"}); err == nil {
+func refusal(code codes.Code, reason, message string) error {
+	st := status.New(code, message)
+	if d, err := st.WithDetails(&errdetails.ErrorInfo{Domain: "bobtail", Reason: reason}); err == nil {
 		st = d
 	}
 	return st.Err()
 }
+
+// errFull ends the call that finds every endpoint at its maxInFlight. It is a status
+// too: to wait in the client would build the backlog that the bound is there to prevent.
+var errFull = refusal(codes.ResourceExhausted, "BULKHEAD_FULL",
+	"loadbalance: every ready endpoint has maxInFlight attempts in flight")
 
 // shards is the machinery that the balancers of this package share: one
 // pick_first child per endpoint, statistics that outlive pickers, connections
@@ -58,39 +64,69 @@ func notSent() error {
 type shards struct {
 	balancer.ClientConn // embedded to intercept UpdateState of the child
 	child               balancer.Balancer
+	target              string
 	// start is the origin of the time that endpoints see.
 	start   time.Time
 	methods methods
+	// seed makes the random subset of this client another than that of its peers.
+	seed uint64
 
 	// crowd counts the attempts in flight at all endpoints, those that are not ready
 	// any more included. It is nil unless the policy needs it: a word that every pick
 	// and every end of an attempt writes costs what it costs.
 	crowd *crowd
 
+	// due is when the next sweep is. An atomic because the end of every attempt asks.
+	due atomic.Int64
+	// typical is the median latency of the endpoints as of the last sweep, a float64 in
+	// nanoseconds. An atomic because picks read it.
+	typical atomic.Uint64
+	// news says that there are events to deliver. Likewise.
+	news atomic.Bool
+
 	mu        sync.Mutex // guards what follows
 	policy    settings
 	updates   uint64 // of state, so far
 	endpoints map[string]*remembered
+	current   *picker       // nil while nothing is ready
+	founded   time.Duration // when the first endpoint was ready; -1 before
+	panicking bool
+	zones     spill
+	events    []Event // to deliver, at most maxEvents
 }
 
 // settings are what a policy tells the machinery at each update.
 type settings struct {
+	options
 	// tau is the decay time of the endpoints' statistics.
 	tau time.Duration
-	// choose makes the chooser for the endpoints that are ready, at least one, each
-	// with what the resolver says of it now. It keeps the slices and does not write
-	// to them. shards.mu is held.
-	choose func(ready []*endpoint, named []resolver.Endpoint) chooser
+	// choose makes the chooser for endpoints that are ready, at least one. It keeps
+	// the slice and does not write to it. shards.mu is held. It is called anew whenever
+	// which of them there are, or their weights, have changed.
+	choose func(members []member) chooser
+	// ended is told the end of each attempt that says something, or brought a load report
+	// (balancer.DoneInfo.ServerLoad). Nil for none. It is called without locks.
+	ended func(e *endpoint, now time.Duration, v verdict, load any)
+}
+
+// A member is an endpoint that is ready.
+type member struct {
+	*endpoint
+	// weight is the endpoint's own, greater than 0, times its part of the subset and of
+	// the slow start. Only its proportion to that of others means something.
+	weight float64
+	leaf   balancer.Picker // gives its SubConn
+	far    bool            // not of the caller's zone
 }
 
 // A chooser is the policy as of one moment: it chooses among the endpoints that were
 // ready when it was made. It is immutable, and safe for concurrent use. A policy is a
 // builder, a balancer that embeds shards and hands it settings, and a chooser.
 type chooser interface {
-	// route returns the index of the endpoint that an attempt goes to, or -1 if there
-	// is none that it may go to. The view shows where its siblings went. It is called
-	// again if one of them is picked in the meantime.
-	route(r request, view attempt.View) int
+	// route returns the index of the member that an attempt goes to, or -1 if all are
+	// barred. It is called again with other bars if so, or if a sibling is picked in the
+	// meantime.
+	route(r request, b bars) int
 }
 
 // A request is what a chooser may know of an attempt.
@@ -98,24 +134,55 @@ type request struct {
 	ctx       context.Context
 	now       time.Duration
 	streaming bool
+	typical   float64       // latency of the endpoints in nanoseconds; 0 if unknown
+	bits      uint64        // 64 random bits: the first draw
 	intn      func(int) int // draws from [0, n)
+}
+
+// bars says to which endpoints an attempt may not go, because of its siblings.
+type bars struct {
+	view attempt.View
+	// running bars those only where a sibling is in flight, not all that were tried.
+	running bool
+}
+
+// none reports whether nothing is barred: so for the first attempt of a call.
+func (b bars) none() bool { return b.view.Empty() }
+
+// at reports whether an endpoint is barred.
+func (b bars) at(key string) bool {
+	if b.running {
+		return b.view.InFlight(key)
+	}
+	return b.view.Tried(key)
 }
 
 // A remembered endpoint is one that the resolver names, or named not long ago.
 type remembered struct {
 	*endpoint
+	// weight is what the resolver says, times the part in the subset.
+	weight float64
+	far    bool
 	// ready is the last of shards.updates at which it was.
 	ready uint64
 	// named is false once the resolver has removed the endpoint, at gone.
 	named bool
 	gone  time.Duration
+	// down says that a connection to it could not be had since it was last ready.
+	down bool
+	// ramp is when its slow start began; -1 if it has none.
+	ramp time.Duration
+	probation
 }
 
 func newShards(cc balancer.ClientConn, opts balancer.BuildOptions) *shards {
 	b := &shards{
 		ClientConn: cc,
+		target:     opts.Target.String(),
 		start:      time.Now(),
+		seed:       rand.Uint64(),
 		endpoints:  make(map[string]*remembered),
+		founded:    -1,
 	}
 	b.child = endpointsharding.NewBalancer(b, opts, balancer.Get(pickfirst.Name).Build, endpointsharding.Options{})
 	return b
@@ -128,7 +195,18 @@ func (b *shards) now() time.Duration { return time.Since(b.start) }
 func (b *shards) update(rs resolver.State, s settings) error {
 	b.mu.Lock()
 	b.policy = s
-	b.reconcile(rs.Endpoints)
+	if s.ejection.maxEjectionPercent == 0 {
+		for _, e := range b.endpoints {
+			if e.out {
+				b.readmit(e, b.now(), Event{Reason: ReasonDisabled})
+			}
+		}
+	}
+	shares := s.subset.of(rs.Endpoints, b.seed)
+	if s.subset.size > 0 {
+		rs.Endpoints = chosen(rs.Endpoints, shares)
+	}
+	b.reconcile(rs.Endpoints, shares)
 	b.mu.Unlock()
 	// Without b.mu, as the child calls UpdateState from within.
 	return b.child.UpdateClientConnState(balancer.ClientConnState{
@@ -140,13 +218,16 @@ func (b *shards) update(rs resolver.State, s settings) error {
 
 // reconcile notes which endpoints the resolver names, and forgets those that it
 // has not named for long. b.mu is held.
-func (b *shards) reconcile(named []resolver.Endpoint) {
+func (b *shards) reconcile(named []resolver.Endpoint, shares map[string]float64) {
 	now := b.now()
 	keys := make(map[string]bool, len(named))
 	for _, e := range named {
 		key := keyOf(e)
 		keys[key] = true
-		b.lookup(key).named = true
+		r := b.lookup(key)
+		r.named = true
+		r.weight = shares[key]
+		r.far = b.policy.zone.local != "" && zoneOf(e) != b.policy.zone.local
 	}
 	var gone []*remembered
 	for key, e := range b.endpoints {
@@ -174,7 +255,7 @@ func (b *shards) reconcile(named []resolver.Endpoint) {
 func (b *shards) lookup(key string) *remembered {
 	e := b.endpoints[key]
 	if e == nil {
-		e = &remembered{endpoint: &endpoint{key: key, crowd: b.crowd}, gone: b.now()}
+		e = &remembered{endpoint: &endpoint{key: key, crowd: b.crowd}, weight: 1, gone: b.now(), ramp: -1}
 		b.endpoints[key] = e
 	}
 	return e
@@ -184,21 +265,25 @@ func (b *shards) lookup(key string) *remembered {
 // an endpoint changes.
 func (b *shards) UpdateState(state balancer.State) {
 	p := &picker{b: b}
-	var named []resolver.Endpoint
 	b.mu.Lock()
 	b.updates++
-	for _, c := range endpointsharding.ChildStatesFromPicker(state.Picker) {
-		if c.State.ConnectivityState == connectivity.Ready {
-			e := b.lookup(keyOf(c.Endpoint))
-			e.ready = b.updates
-			p.ready = append(p.ready, e.endpoint)
-			p.leaves = append(p.leaves, c.State.Picker)
-			named = append(named, c.Endpoint)
+	now := b.now()
+	children := endpointsharding.ChildStatesFromPicker(state.Picker)
+	for _, c := range children {
+		e := b.lookup(keyOf(c.Endpoint))
+		switch c.State.ConnectivityState {
+		case connectivity.Ready:
+			b.arrived(e, now)
+			p.ready = append(p.ready, seated{e, c.State.Picker})
+		case connectivity.TransientFailure:
+			e.down = true
 		}
 	}
+	p.named = len(children)
+	b.current = nil
 	if len(p.ready) > 0 {
-		p.tau = b.policy.tau
-		p.chooser = b.policy.choose(p.ready, named)
+		b.current = p
+		p.rotation.Store(b.arrange(p, now))
 	}
 	b.mu.Unlock()
 	// With nothing ready the child's own picker waits, reconnects or fails, as
@@ -209,6 +294,81 @@ func (b *shards) UpdateState(state balancer.State) {
 		state.Picker = unready{state.Picker}
 	}
 	b.ClientConn.UpdateState(state)
+}
+
+// arrived notes that an endpoint is ready. b.mu is held.
+func (b *shards) arrived(e *remembered, now time.Duration) {
+	if b.founded < 0 {
+		b.founded = now
+	}
+	first := e.ready == 0
+	e.ready = b.updates
+	if !first && !e.down {
+		return // it was ready, or has only been idle
+	}
+	if e.down {
+		e.down = false
+		// A server that has been away is another than the one that was ejected.
+		if e.out {
+			b.readmit(e, now, Event{Reason: ReasonReconnected})
+			return
+		}
+	}
+	// Those with which the client begins are no newcomers among the others.
+	if !first || now-b.founded > b.policy.slowStart.window {
+		e.ramp = now
+	}
+}
+
+// arrange makes the rotation of what is ready. b.mu is held.
+func (b *shards) arrange(p *picker, now time.Duration) *rotation {
+	t := &rotation{tau: b.policy.tau, ended: b.policy.ended, full: b.policy.maxInFlight}
+	in := 0
+	for _, s := range p.ready {
+		if !s.out {
+			in++
+		}
+	}
+	// A few that are left must not carry the load of all: if so many seem bad, it is
+	// not they.
+	panicking := in < len(p.ready) && float64(in) < b.policy.ejection.panicThreshold/100*float64(p.named)
+	if panicking != b.panicking {
+		b.panicking = panicking
+		kind := PanicEnded
+		if panicking {
+			kind = PanicBegan
+		}
+		b.tell(Event{Kind: kind, Ready: len(p.ready), Ejected: len(p.ready) - in})
+	}
+	var near, far, bench []member
+	for _, s := range p.ready {
+		m := member{endpoint: s.endpoint, leaf: s.leaf, far: s.far, weight: s.weight * b.policy.slowStart.share(s.ramp, now)}
+		if m.weight < s.weight {
+			t.ramping = true
+		}
+		switch {
+		case s.out && !panicking:
+			bench = append(bench, m)
+		case s.far:
+			far = append(far, m)
+		default:
+			near = append(near, m)
+		}
+	}
+	if len(near) == 0 {
+		near, far = far, nil
+	}
+	t.add(near, b.policy.choose)
+	if len(far) > 0 {
+		t.spill = b.zones.share(float64(len(near)) / float64(b.locals()))
+		t.add(far, b.policy.choose)
+	}
+	if len(bench) > 0 {
+		t.add(bench, func(m []member) chooser { return newP2C(m, b.policy.tau) })
+		t.bench = bench
+		t.every = uint64(b.policy.ejection.probeEvery)
+	}
+	return t
 }
 
 // unready is the picker while no endpoint is ready. The call's own attempt waits or
@@ -252,66 +412,251 @@ func keyOf(e resolver.Endpoint) string {
 	return strings.Join(slices.Compact(addrs), ",")
 }
 
-// A picker sends attempts to the endpoints that were ready when it was made. It
-// is immutable: what it counts and measures lives in the endpoints.
+// A picker sends attempts to the endpoints that were ready when it was made. What it
+// counts and measures lives in the endpoints.
 type picker struct {
-	chooser
-	ready  []*endpoint
-	leaves []balancer.Picker // leaves[i] belongs to ready[i]
-	tau    time.Duration
-	b      *shards
+	b     *shards
+	ready []seated
+	named int // how many endpoints there are, ready or not
+	// rotation is who takes part. An atomic because a sweep replaces it, and picks must
+	// not wait for that: so an ejection needs no new picker.
+	rotation atomic.Pointer[rotation]
 }
 
-// Pick implements balancer.Picker. It takes no lock, and allocates the function
-// that it returns.
+// seated is an endpoint that is ready, and the picker of its connection.
+type seated struct {
+	*remembered
+	leaf balancer.Picker
+}
+
+// A rotation says which of the ready endpoints take part, as of one moment. It is
+// immutable, but for the count of its picks.
+type rotation struct {
+	tau   time.Duration
+	ended func(e *endpoint, now time.Duration, v verdict, load any)
+	full  int64 // how many attempts may be in flight at one endpoint; 0: any number
+	// groups are asked in turn: those of the rotation, those of other zones, those that
+	// are ejected. An attempt that has no other place goes to one of the latter rather
+	// than beside a sibling.
+	groups []group
+	// spill is the part of the attempts that begin with the second group.
+	spill float64
+	// bench are those that are ejected. One of so many picks is a probe of one of them.
+	bench   []member
+	every   uint64
+	picks   atomic.Uint64 // counted only while there is a bench
+	ramping bool          // some weight changes with time
+}
+
+// A group is members and who chooses among them.
+type group struct {
+	chooser
+	members []member
+}
+
+func (t *rotation) add(members []member, choose func([]member) chooser) {
+	t.groups = append(t.groups, group{choose(members), members})
+}
+
+// find returns where an attempt goes; nil if nowhere.
+func (t *rotation) find(r request, v attempt.View) *member {
+	b := bars{view: v}
+	if b.none() {
+		if t.bench != nil && !r.streaming {
+			if m := t.probe(); m != nil {
+				return m
+			}
+		}
+		if t.spill == 0 {
+			g := &t.groups[0]
+			if i := g.route(r, b); i >= 0 {
+				return &g.members[i]
+			}
+		}
+	}
+	skip := 0 // the group to ask last
+	if t.spill > 0 && float64(r.intn(1<<20)) < t.spill*(1<<20) {
+		skip = 1
+	}
+	for _, b.running = range [...]bool{false, true} {
+		for k := range t.groups {
+			g := &t.groups[k]
+			if skip > 0 && k < 2 {
+				g = &t.groups[1-k]
+			}
+			if i := g.route(r, b); i >= 0 {
+				return &g.members[i]
+			}
+		}
+		if b.none() {
+			break
+		}
+	}
+	return nil
+}
+
+// probe returns the ejected endpoint that this pick is to try, nil as a rule. None has
+// more than one attempt in flight by it, so that a slow one gets few.
+func (t *rotation) probe() *member {
+	n := t.picks.Add(1)
+	if n%t.every != 0 {
+		return nil
+	}
+	m := &t.bench[n/t.every%uint64(len(t.bench))]
+	if unary, _ := m.inFlight(); unary > 0 {
+		return nil
+	}
+	return m
+}
+
+// roomy returns the endpoint with the fewest attempts in flight of those that have room
+// and are not barred; nil if there is none.
+func (t *rotation) roomy(v attempt.View) *member {
+	var best *member
+	var least float64
+	for _, running := range [...]bool{false, true} {
+		b := bars{v, running}
+		for k := range t.groups {
+			g := &t.groups[k]
+			for i := range g.members {
+				m := &g.members[i]
+				unary, streams := m.inFlight()
+				if n := float64(unary+streams) / m.weight; unary+streams < t.full && (best == nil || n < least) && !b.at(m.key) {
+					best, least = m, n
+				}
+			}
+			if best != nil {
+				return best
+			}
+		}
+	}
+	return nil
+}
+
+// Pick implements balancer.Picker. It takes no lock, and allocates nothing as a rule.
 func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	a := attempt.FromContext(info.Ctx)
 	if a != nil && !a.Of(info.FullMethodName) {
 		a = nil // a call made within an attempt of another
 	}
-	r := request{ctx: info.Ctx, now: p.b.now(), intn: rand.IntN}
-	var i int
+	t := p.rotation.Load()
+	r := request{
+		ctx: info.Ctx, now: p.b.now(), typical: math.Float64frombits(p.b.typical.Load()),
+		bits: rand.Uint64(), intn: rand.IntN,
+	}
+	var m *member
 	if a == nil {
 		r.streaming = p.b.methods.streaming(info.FullMethodName)
-		i = p.route(r, attempt.View{})
+		if m = t.find(r, attempt.View{}); !t.admit(&m, r.streaming, attempt.View{}) {
+			return balancer.PickResult{}, errFull
+		}
 	} else {
 		r.streaming = a.Streaming
 		for {
 			v := a.View()
-			i = p.route(r, v)
-			if i < 0 {
+			m = t.find(r, v)
+			if m == nil {
 				a.MarkUnsent()
 				return balancer.PickResult{}, errNotSent
 			}
-			if a.Claim(v, p.ready[i].key) {
+			if !t.admit(&m, r.streaming, v) {
+				if a.Kind == attempt.Hedge {
+					a.MarkUnsent()
+					return balancer.PickResult{}, errNotSent
+				}
+				return balancer.PickResult{}, errFull
+			}
+			if a.Claim(v, m.key) {
 				break
 			}
 			// A sibling was picked in the meantime: look where it went.
+			m.release(r.streaming)
 		}
 	}
-	result, err := p.leaves[i].Pick(info)
+	result, err := m.leaf.Pick(info)
 	if err != nil {
 		// Not ready any more. A new picker is on its way, and grpc asks it.
+		m.release(r.streaming)
 		return result, err
 	}
-	p.watch(&result, info.Ctx, p.ready[i], r.streaming, r.now)
+	result.Done = p.b.watch(info.Ctx, m.endpoint, r, t, result.Done)
 	return result, nil
 }
 
-// watch counts the attempt as in flight at e until its end, and notes then what
-// it says about e.
-func (p *picker) watch(result *balancer.PickResult, ctx context.Context, e *endpoint, streaming bool, sent time.Duration) {
-	e.begin(streaming)
-	b, tau, done := p.b, p.tau, result.Done
-	result.Done = func(info balancer.DoneInfo) {
-		e.release(streaming)
-		if v, ok := judge(ctx, info, streaming); ok {
-			now := b.now()
-			e.record(now, now-sent, tau, v)
+// admit counts an attempt in at a member, or at another if that has no room; it reports
+// whether there was any.
+func (t *rotation) admit(m **member, streaming bool, v attempt.View) bool {
+	if t.full == 0 {
+		(*m).begin(streaming)
+		return true
+	}
+	for *m != nil && !(*m).beginWithin(streaming, t.full) {
+		*m = t.roomy(v)
+	}
+	return *m != nil
+}
+
+// watch returns what is to be called at the end of an attempt that has been counted in
+// at e.
+func (b *shards) watch(ctx context.Context, e *endpoint, r request, t *rotation, done func(balancer.DoneInfo)) func(balancer.DoneInfo) {
+	w := watches.Get().(*watched)
+	w.b, w.ctx, w.e, w.t, w.sent, w.streaming, w.done = b, ctx, e, t, r.now, r.streaming, done
+	return w.finish
+}
+
+// watched is an attempt in flight. It is pooled with its function, which is what a pick
+// would allocate otherwise: grpc calls that once and not again
+// (balancer.PickResult.Done).
+type watched struct {
+	finish    func(balancer.DoneInfo)
+	b         *shards
+	ctx       context.Context
+	e         *endpoint
+	t         *rotation
+	sent      time.Duration
+	streaming bool
+	done      func(balancer.DoneInfo)
+}
+
+var watches sync.Pool
+
+func init() {
+	watches.New = func() any {
+		w := new(watched)
+		w.finish = w.end
+		return w
+	}
+}
+
+// end counts the attempt out, and notes what it says about its endpoint.
+func (w *watched) end(info balancer.DoneInfo) {
+	b, ctx, e, t, done := w.b, w.ctx, w.e, w.t, w.done
+	if b == nil {
+		return // called twice
+	}
+	sent, streaming := w.sent, w.streaming
+	w.b, w.ctx, w.e, w.t, w.done = nil, nil, nil, nil, nil
+	watches.Put(w)
+
+	e.release(streaming)
+	v, ok := judge(ctx, info, streaming)
+	if ok || t.ended != nil && info.ServerLoad != nil {
+		now := b.now()
+		if ok {
+			e.record(now, now-sent, t.tau, v)
 		}
-		if done != nil {
-			done(info)
+		if t.ended != nil {
+			t.ended(e, now, v, info.ServerLoad)
 		}
+		if now >= time.Duration(b.due.Load()) {
+			b.sweep(now)
+		}
+	}
+	if b.news.Load() {
+		b.deliver(ctx)
+	}
+	if done != nil {
+		done(info)
 	}
 }
 
@@ -325,6 +670,9 @@ func judge(ctx context.Context, info balancer.DoneInfo, streaming bool) (verdict
 	}
 	code := status.Code(info.Err)
 	if code == codes.Canceled && ctx.Err() != nil {
+		if a := attempt.FromContext(ctx); a != nil && a.Superseded() {
+			return superseded, !streaming
+		}
 		return cut, !streaming
 	}
 	if !info.BytesSent && ctx.Err() == nil {
@@ -343,18 +691,30 @@ func judge(ctx context.Context, info balancer.DoneInfo, streaming bool) (verdict
 
 // methods remembers which methods are streaming. The zero value is ready.
 type methods struct {
-	// known is an atomic because every pick without an attempt reads it, and
-	// replaced whole when a method is called for the first time.
-	known atomic.Pointer[map[string]bool]
+	// last is the method asked for last: most clients call one more than all others. An
+	// atomic because every pick without an attempt reads it.
+	last atomic.Pointer[method]
+	// known is an atomic for the same reason, and replaced whole when a method is called
+	// for the first time.
+	known atomic.Pointer[map[string]*method]
 	mu    sync.Mutex // orders replacements
+}
+
+type method struct {
+	name      string
+	streaming bool
 }
 
 // streaming reports whether a method is known to be streaming, by the descriptors
 // linked into the program.
 func (m *methods) streaming(fullName string) bool {
+	if l := m.last.Load(); l != nil && l.name == fullName {
+		return l.streaming
+	}
 	if known := m.known.Load(); known != nil {
-		if s, ok := (*known)[fullName]; ok {
-			return s
+		if one, ok := (*known)[fullName]; ok {
+			m.last.Store(one)
+			return one.streaming
 		}
 	}
 	return m.learn(fullName)
@@ -364,18 +724,19 @@ func (m *methods) learn(fullName string) bool {
 	s := describedAsStreaming(fullName)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var old map[string]bool
+	var old map[string]*method
 	if p := m.known.Load(); p != nil {
 		old = *p
 	}
 	if len(old) >= maxMethods {
 		return s
 	}
-	next := make(map[string]bool, len(old)+1)
+	next := make(map[string]*method, len(old)+1)
 	for k, v := range old {
 		next[k] = v
 	}
-	next[strings.Clone(fullName)] = s
+	one := &method{strings.Clone(fullName), s}
+	next[one.name] = one
 	m.known.Store(&next)
 	return s
 }

@@ -38,6 +38,9 @@ const (
 	cut
 	// failed: the work was not done, however long that took.
 	failed
+	// superseded is a cut by a sibling's answer. Unlike a caller, who leaves for reasons
+	// of its own, it says that others were faster.
+	superseded
 )
 
 // known is how much is known of an endpoint.
@@ -107,8 +110,18 @@ type endpoint struct {
 	silence atomic.Int64  // for how long after last the cost holds
 
 	mu sync.Mutex // guards what follows, and orders the stores above
-	// weight is the faded number of attempts, and the other two as above.
-	weight, exposure, answers float64
+	// weight is the faded number of attempts, exposure and answers as above; failures is
+	// how many failed, and given the exposure of those that the caller gave up.
+	weight, exposure, answers, failures, given float64
+	trial                                      *trial // nil unless the endpoint is ejected
+}
+
+// A trial is how an ejected endpoint does with its probes.
+type trial struct {
+	limit time.Duration // the latency of a good one
+	good  int           // in a row
+	took  time.Duration // by those
+	bad   bool          // any of them, ever
 }
 
 // A crowd is the number of attempts in flight at many endpoints. It stands on a cache
@@ -132,6 +145,16 @@ func (e *endpoint) begin(streaming bool) {
 	if e.crowd != nil {
 		e.crowd.n.Add(1)
 	}
+}
+
+// beginWithin is begin if fewer than full attempts are in flight; it reports whether.
+func (e *endpoint) beginWithin(streaming bool, full int64) bool {
+	e.begin(streaming)
+	if unary, streams := e.inFlight(); unary+streams <= full {
+		return true
+	}
+	e.release(streaming)
+	return false
 }
 
 // release takes back what begin counted.
@@ -183,7 +206,7 @@ func (e *endpoint) load(now, tau time.Duration, streaming bool) (cost float64, n
 		return cost, n
 	case due:
 		return 0, n
-	case idle > 0:
+	case idle > tau>>10: // less changes nothing
 		cost *= decay(idle, tau)
 	}
 	return cost, n
@@ -195,26 +218,29 @@ func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
 	defer e.mu.Unlock()
 
 	last := time.Duration(e.last.Load())
-	keep := 1 - 1.0/memory
-	if now > last {
-		keep *= decay(now-last, tau)
-	} else {
+	limit := float64(memory - 1)
+	switch dt := now - last; {
+	case dt > tau>>10: // less changes next to nothing
+		keep := (1 - 1.0/memory) * decay(dt, tau)
+		limit = keep / (1 - keep)
+		if v == answered && dt >= patience*tau {
+			// The probe that patience has earned came back: believe it alone. A seventh
+			// of what was known would outweigh it if that was a stall of seconds.
+			limit = 0
+		}
+	case dt < 0:
 		now = last // ends are reported out of order, by a hair
-	}
-	limit := keep / (1 - keep)
-	if v == answered && now-last >= patience*tau {
-		// The probe that patience has earned came back: believe it alone. A seventh
-		// of what was known would outweigh it if that was a stall of seconds.
-		limit = 0
 	}
 	if e.weight > limit {
 		fade := limit / e.weight
-		e.weight *= fade
+		e.weight = limit
 		e.exposure *= fade
 		e.answers *= fade
+		e.failures *= fade
+		e.given *= fade
 	}
 
-	took := max(0, float64(elapsed))
+	took := float64(max(elapsed, 0))
 	k := max(e.known.Load(), unanswered)
 	silence := patience * tau
 	switch v {
@@ -222,9 +248,12 @@ func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
 		e.answers++
 		k = measured
 	case failed:
+		e.failures++
 		if e.weight > 0 {
 			took = max(took, e.exposure/e.weight)
 		}
+	case cut:
+		e.given += took
 	}
 	e.weight++
 	e.exposure += took
@@ -236,11 +265,85 @@ func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
 		cost = pending
 		silence = time.Duration(float64(silence) * min(1, e.weight/8))
 	}
+	if e.trial != nil {
+		e.trial.note(elapsed, v)
+	}
 
 	e.cost.Store(math.Float64bits(cost))
-	e.silence.Store(int64(silence))
 	e.last.Store(int64(now))
-	e.known.Store(k)
+	// These two rarely change, and a store costs more than a look.
+	if e.silence.Load() != int64(silence) {
+		e.silence.Store(int64(silence))
+	}
+	if e.known.Load() != k {
+		e.known.Store(k)
+	}
+}
+
+// note takes the end of a probe.
+func (t *trial) note(took time.Duration, v verdict) {
+	switch {
+	case v == answered && took <= t.limit:
+		t.good++
+		t.took += took
+	case v == cut && took <= t.limit:
+		// The caller left before there was anything to see.
+	default:
+		t.good, t.took, t.bad = 0, 0, true
+	}
+}
+
+// try begins a trial: probes of at most limit are good ones.
+func (e *endpoint) try(limit time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.trial = &trial{limit: limit}
+}
+
+// untried reports whether no probe of the trial was bad.
+func (e *endpoint) untried() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.trial == nil || !e.trial.bad
+}
+
+// tried returns how many of the trial's latest probes were good, in a row.
+func (e *endpoint) tried() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.trial == nil {
+		return 0
+	}
+	return e.trial.good
+}
+
+// acquit ends a trial: what led to it is forgotten, and the good probes count.
+func (e *endpoint) acquit() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	t := e.trial
+	e.trial = nil
+	if t == nil {
+		return
+	}
+	e.weight, e.exposure, e.answers = float64(t.good), float64(t.took), float64(t.good)
+	e.failures, e.given = 0, 0
+	if t.good == 0 {
+		e.known.Store(nothing)
+		return
+	}
+	e.cost.Store(math.Float64bits(e.exposure / e.answers))
+}
+
+// sample returns what the detector is to judge the endpoint by.
+func (e *endpoint) sample() sample {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return sample{
+		calls:    e.weight,
+		latency:  (e.exposure - e.given) / max(e.answers, 1),
+		failures: e.failures / max(e.weight, 1),
+	}
 }
 
 // decay returns e^(-dt/tau) for dt > 0. As a rule dt is milliseconds and tau
@@ -249,7 +352,7 @@ func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
 func decay(dt, tau time.Duration) float64 {
 	x := float64(dt) / float64(tau)
 	if x < 1.0/128 {
-		return 1 - x*(1-x/2*(1-x/3))
+		return 1 - x*(1-x*(1.0/2)*(1-x*(1.0/3)))
 	}
 	return math.Exp(-x)
 }

@@ -91,6 +91,11 @@ func resolve(tb testing.TB, b balancer.Balancer, cfg serviceconfig.LoadBalancing
 	}
 }
 
+// chooserOf returns the chooser of the endpoints in rotation.
+func chooserOf(cc *fakeConn) chooser {
+	return cc.state.Picker.(*picker).rotation.Load().groups[0].chooser
+}
+
 // got is the DoneInfo of an attempt that was answered.
 var got = balancer.DoneInfo{BytesSent: true, BytesReceived: true}
 
@@ -222,16 +227,16 @@ func TestRoute(t *testing.T) {
 	fast.record(2*tau, 2*ms, tau, answered)
 	eps := []*endpoint{fast, slow}
 	for name, p := range map[string]chooser{
-		P2CName:        &p2c{eps, tau},
-		RendezvousName: newRendezvous(eps, make([]resolver.Endpoint, 2), &rendezvousConfig{eps: .25}, new(crowd)),
+		P2CName:        newP2C(membersOf(eps), tau),
+		RendezvousName: newRendezvous(membersOf(eps), &rendezvousConfig{eps: .25}, new(crowd)),
 	} {
 		for _, tc := range []struct {
 			now       time.Duration
 			streaming bool
 			want      *endpoint
 		}{{0, false, fast}, {2 * tau, false, slow}, {2 * tau, true, fast}} {
-			r := request{t.Context(), tc.now, tc.streaming, func(int) int { return 0 }}
-			if got := eps[p.route(r, attempt.View{})]; got != tc.want {
+			r := request{ctx: t.Context(), now: tc.now, streaming: tc.streaming, intn: func(int) int { return 0 }}
+			if got := eps[p.route(r, bars{})]; got != tc.want {
 				t.Errorf("%s at %v, streaming %v: %s, want %s", name, tc.now, tc.streaming, got.key, tc.want.key)
 			}
 		}
@@ -240,8 +245,8 @@ func TestRoute(t *testing.T) {
 	cc, b := fakeReady(t, P2CName, 1)
 	resolve(t, b, &p2cConfig{decayTime: time.Second}, 1)
 	p := cc.state.Picker.(*picker)
-	if in := p.chooser.(*p2c); p.tau != time.Second || in.tau != time.Second {
-		t.Errorf("decay times %v and %v, want 1s", p.tau, in.tau)
+	if r, in := p.rotation.Load(), chooserOf(cc).(*p2c); r.tau != time.Second || in.tau != time.Second {
+		t.Errorf("decay times %v and %v, want 1s", r.tau, in.tau)
 	}
 	var c attempt.Call
 	a := attempt.Attempt{Streaming: true}

@@ -8,12 +8,8 @@ import (
 	"strings"
 
 	"google.golang.org/grpc/balancer"
-	"google.golang.org/grpc/experimental/balancer/weight"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
-
-	"github.com/bobtail-rpc/bobtail/internal/attempt"
 )
 
 // RendezvousName is the name under which the balancer of this file is registered,
@@ -42,6 +38,7 @@ func (rendezvousBuilder) Build(cc balancer.ClientConn, opts balancer.BuildOption
 // rendezvousConfig is what bobtail_rendezvous can be told.
 type rendezvousConfig struct {
 	serviceconfig.LoadBalancingConfig
+	options
 	// header names the outgoing metadata that holds a call's key, for calls whose
 	// context has none. Default "": there is no such header.
 	header string
@@ -53,22 +50,21 @@ type rendezvousConfig struct {
 
 // ParseConfig implements balancer.ConfigParser. It reports every fault.
 func (rendezvousBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
-	c := &rendezvousConfig{eps: defaultEps}
-	err := parseObject(js, map[string]func(json.RawMessage) error{
-		"header": func(v json.RawMessage) error {
-			if err := json.Unmarshal(v, &c.header); err != nil {
-				return fmt.Errorf("%.40s, want the name of a header", v)
-			}
-			return checkHeader(c.header)
-		},
-		"eps": func(v json.RawMessage) error {
-			if err := json.Unmarshal(v, &c.eps); err != nil || c.eps <= 0 || c.eps > maxEps {
-				return fmt.Errorf("%.40s, want a number in (0, %d]", v, maxEps)
-			}
-			return nil
-		},
-	})
-	if err != nil {
+	c := &rendezvousConfig{options: defaultOptions(), eps: defaultEps}
+	parsers := c.parsers()
+	parsers["header"] = func(v json.RawMessage) error {
+		if err := json.Unmarshal(v, &c.header); err != nil {
+			return fmt.Errorf("%.40s, want the name of a header", v)
+		}
+		return checkHeader(c.header)
+	}
+	parsers["eps"] = func(v json.RawMessage) error {
+		if err := json.Unmarshal(v, &c.eps); err != nil || c.eps <= 0 || c.eps > maxEps {
+			return fmt.Errorf("%.40s, want a number in (0, %d]", v, maxEps)
+		}
+		return nil
+	}
+	if err := parseObject(js, parsers); err != nil {
 		return nil, fmt.Errorf("loadbalance: %s: %w", RendezvousName, err)
 	}
 	return c, nil
@@ -93,14 +89,14 @@ func checkHeader(name string) error {
 // rendezvousBalancer is shards with a configuration.
 type rendezvousBalancer struct {
 	*shards
-	// adrift are the endpoints that were not ready at the last update of state and
-	// had attempts in flight. Guarded by shards.mu.
+	// adrift are the endpoints that had attempts in flight when the last chooser was made
+	// and were none of its members. Guarded by shards.mu.
 	adrift []*endpoint
 }
 
 // UpdateClientConnState implements balancer.Balancer.
 func (b *rendezvousBalancer) UpdateClientConnState(s balancer.ClientConnState) error {
-	cfg := &rendezvousConfig{eps: defaultEps}
+	cfg := &rendezvousConfig{options: defaultOptions(), eps: defaultEps}
 	switch c := s.BalancerConfig.(type) {
 	case *rendezvousConfig:
 		cfg = c
@@ -108,19 +104,27 @@ func (b *rendezvousBalancer) UpdateClientConnState(s balancer.ClientConnState) e
 	default:
 		return fmt.Errorf("loadbalance: %s: configuration of type %T: %w", RendezvousName, c, balancer.ErrBadResolverState)
 	}
-	return b.update(s.ResolverState, settings{defaultDecayTime, func(ready []*endpoint, named []resolver.Endpoint) chooser {
-		b.adrift = b.drift()
-		p := newRendezvous(ready, named, cfg, b.crowd)
+	return b.update(s.ResolverState, settings{options: cfg.options, tau: defaultDecayTime, choose: func(members []member) chooser {
+		if cfg.zone.local != "" {
+			// There are two choosers, and each is much adrift of the other.
+			return newRendezvous(members, cfg, nil)
+		}
+		b.adrift = b.drift(members)
+		p := newRendezvous(members, cfg, b.crowd)
 		p.adrift = b.adrift
 		return p
 	}})
 }
 
-// drift returns the endpoints that are not ready and have attempts in flight. It
-// keeps those of the last time that shards has forgotten meanwhile. An attempt that an
-// older picker begins at one of the others a moment later is not known before the
-// next update. shards.mu is held.
-func (b *rendezvousBalancer) drift() []*endpoint {
+// drift returns the endpoints that are no members and have attempts in flight. It
+// keeps those of the last time that shards has forgotten meanwhile. An attempt that
+// begins at one of the others later is not known before the next update: one that an
+// older picker sends, or a probe of an ejected one. shards.mu is held.
+func (b *rendezvousBalancer) drift(members []member) []*endpoint {
+	is := make(map[*endpoint]bool, len(members))
+	for _, m := range members {
+		is[m.endpoint] = true
+	}
 	var adrift []*endpoint
 	add := func(e *endpoint) {
 		if unary, streams := e.inFlight(); unary+streams > 0 {
@@ -133,7 +137,7 @@ func (b *rendezvousBalancer) drift() []*endpoint {
 		}
 	}
 	for _, e := range b.endpoints {
-		if e.ready != b.updates {
+		if !is[e.endpoint] {
 			add(e.endpoint)
 		}
 	}
@@ -184,8 +188,9 @@ type rendezvous struct {
 	header string
 	seats  []seat  // seats[i] belongs to ready[i]
 	sum    float64 // of the weights, W
-	crowd  *crowd
-	// adrift are endpoints that count in the crowd and are not ready: as a rule
+	// crowd is nil if the members are to be added up instead.
+	crowd *crowd
+	// adrift are endpoints that count in the crowd and are no members: as a rule
 	// there are none.
 	adrift []*endpoint
 }
@@ -198,30 +203,29 @@ type seat struct {
 	claim   float64 // (1+eps) weight
 }
 
-func newRendezvous(ready []*endpoint, named []resolver.Endpoint, c *rendezvousConfig, all *crowd) *rendezvous {
+func newRendezvous(members []member, c *rendezvousConfig, all *crowd) *rendezvous {
 	p := &rendezvous{
-		p2c:    p2c{ready, defaultDecayTime},
+		p2c:    *newP2C(members, defaultDecayTime),
 		header: c.header,
-		seats:  make([]seat, len(ready)),
+		seats:  make([]seat, len(members)),
 		crowd:  all,
 	}
-	for i, e := range ready {
-		w := float64(max(1, weight.FromEndpoint(named[i]).Weight)) // 0 if there is none
-		p.sum += w
+	for i, m := range members {
+		p.sum += m.weight
 		// Mixed once more than a key, or a key that is the name of an endpoint would
 		// meet its equal, and rank that endpoint first whatever the weights.
-		p.seats[i] = seat{hash: mix(uint64(hashKey(e.key))), inverse: 1 / w, claim: (1 + c.eps) * w}
+		p.seats[i] = seat{hash: mix(uint64(hashKey(m.key))), inverse: 1 / m.weight, claim: (1 + c.eps) * m.weight}
 	}
 	return p
 }
 
 // route implements chooser.
-func (p *rendezvous) route(r request, view attempt.View) int {
+func (p *rendezvous) route(r request, b bars) int {
 	key := p.keyOf(r.ctx)
 	if key == noKey {
-		return p.choose(r.now, view, r.streaming, r.intn)
+		return p.p2c.route(r, b)
 	}
-	return p.seek(key, view)
+	return p.seek(key, b)
 }
 
 // keyOf returns the key that the context of a call has. One that the header has in
@@ -237,34 +241,29 @@ func (p *rendezvous) keyOf(ctx context.Context) keyHash {
 	return hashKey(strings.Join(values, ","))
 }
 
-// seek returns the endpoint for an attempt with a key, or -1: by the rules of
-// p2c.choose, and of those that these allow the first in rank that has room. If none
-// has, the first: they were full because others have been tried, or became so during
-// the pick.
-func (p *rendezvous) seek(key keyHash, view attempt.View) int {
-	load := float64(p.inFlight() + 1)
-	if view.Empty() {
-		if i := p.top(key, view, nil, load); i >= 0 {
-			return i
-		}
-		return p.top(key, view, nil, math.Inf(1))
+// seek returns the endpoint for an attempt with a key, or -1 if all are barred: of the
+// others the first in rank that has room. If none has, the first: they were full because
+// others are barred, or became so during the pick.
+func (p *rendezvous) seek(key keyHash, b bars) int {
+	if i := p.top(key, b, float64(p.inFlight()+1)); i >= 0 {
+		return i
 	}
-	for _, avoid := range [...]func(attempt.View, string) bool{attempt.View.Tried, attempt.View.InFlight} {
-		for _, load := range [...]float64{load, math.Inf(1)} {
-			if i := p.top(key, view, avoid, load); i >= 0 {
-				return i
-			}
-		}
-	}
-	return -1
+	return p.top(key, b, math.Inf(1))
 }
 
 // inFlight returns how many attempts are in flight at the endpoints that are ready. It
 // is the sum of their own counts, kept in one word: the two writes cost 5 ns (8 ns with
 // two processors at it), and to add up 1,000 counts at each pick took 1.0 to 2.2 us, half
 // as long as to rank the endpoints.
-func (p *rendezvous) inFlight() int64 {
-	m := p.crowd.n.Load()
+func (p *rendezvous) inFlight() (m int64) {
+	if p.crowd == nil {
+		for i := range p.ready {
+			unary, streams := p.ready[i].inFlight()
+			m += unary + streams
+		}
+		return m
+	}
+	m = p.crowd.n.Load()
 	for _, e := range p.adrift {
 		unary, streams := e.inFlight()
 		m -= unary + streams
@@ -272,9 +271,10 @@ func (p *rendezvous) inFlight() int64 {
 	return m
 }
 
-// top returns the first in rank of the endpoints for which avoid does not hold and
-// that have room when load is to be shared; -1 if there is none.
-func (p *rendezvous) top(key keyHash, view attempt.View, avoid func(attempt.View, string) bool, load float64) int {
+// top returns the first in rank of the endpoints that are not barred and have room when
+// load is to be shared; -1 if there is none.
+func (p *rendezvous) top(key keyHash, b bars, load float64) int {
+	open := b.none()
 	at, limit := -1, math.Inf(1)
 	var best seat
 	var bestQ float64
@@ -286,8 +286,8 @@ func (p *rendezvous) top(key keyHash, view attempt.View, avoid func(attempt.View
 		if q*s.inverse >= limit || at >= 0 && !outranks(q, s.inverse, bestQ, best.inverse) {
 			continue
 		}
-		e := p.ready[i]
-		if avoid != nil && avoid(view, e.key) {
+		e := p.ready[i].endpoint
+		if !open && b.at(e.key) {
 			continue
 		}
 		// n < ceil(x) is n < x, as n is whole. By W on both sides, not by a quotient: so

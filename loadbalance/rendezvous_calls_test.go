@@ -29,7 +29,7 @@ import (
 func dialRendezvous(t *testing.T, f *grpctest.Fleet, opts ...grpc.DialOption) kvpb.KVClient {
 	t.Helper()
 	c := kvpb.NewKVClient(f.Dial(append(opts, grpc.WithDefaultServiceConfig(
-		`{"loadBalancingConfig":[{"bobtail_rendezvous":{"header":"x-user-id"}}]}`))...))
+		`{"loadBalancingConfig":[{"bobtail_rendezvous":{"header":"x-user-id","slowStart":{"window":"0s"}}}]}`))...))
 	ready(t, c)
 	return c
 }
@@ -210,11 +210,11 @@ func TestRendezvousTakesUpdates(t *testing.T) {
 		} else {
 			update(t, b, tc.cfg, tc.weights...)
 		}
-		if tau := cc.state.Picker.(*picker).tau; tau != defaultDecayTime {
+		p := chooserOf(cc).(*rendezvous)
+		if tau := cc.state.Picker.(*picker).rotation.Load().tau; tau != defaultDecayTime {
 			t.Errorf("decay time %v, want %v", tau, defaultDecayTime)
 		}
-		p := cc.state.Picker.(*picker).chooser.(*rendezvous)
-		i := slices.IndexFunc(p.ready, func(e *endpoint) bool { return e.key == "10.0.0.0:443" })
+		i := slices.IndexFunc(p.ready, func(m member) bool { return m.key == "10.0.0.0:443" })
 		if p.sum != tc.sum || p.seats[i].claim != tc.claim || p.seats[i].inverse != 1/float64(max(1, tc.weights[0])) || p.header != tc.cfg.header {
 			t.Errorf("%v: sum %v, seat %+v, header %q, want sum %v, claim %v, header %q",
 				tc.weights, p.sum, p.seats[i], p.header, tc.sum, tc.claim, tc.cfg.header)
@@ -232,7 +232,7 @@ func TestOnlyWhatIsReadyCounts(t *testing.T) {
 		known.record(0, 2*ms, tau, answered)
 		check := func(when string, want int64) {
 			t.Helper()
-			if got := cc.state.Picker.(*picker).chooser.(*rendezvous).inFlight(); got != want {
+			if got := chooserOf(cc).(*rendezvous).inFlight(); got != want {
 				t.Errorf("%s: %d in flight, want %d", when, got, want)
 			}
 		}
@@ -319,16 +319,16 @@ func TestRendezvousKey(t *testing.T) {
 	}
 }
 
-// Without a key the better of two is chosen, whatever its weight or room, and the
+// Without a key the better of two is chosen, whatever its room, and the
 // siblings of an attempt are avoided.
 func TestWithoutAKey(t *testing.T) {
-	tb := seats(.25, 1, 1000)
+	tb := seats(.25, 1, 1)
 	p := tb.chooser()
 	r := request{ctx: context.Background(), now: ms, intn: func(int) int { return 0 }}
 	tb.ready[0].record(0, 2*ms, tau, answered)
 	tb.ready[1].record(0, 5*ms, tau, answered)
 	for i, want := range []int{0, 0, 1} { // 2 ms x 1, x 2 and x 3, against 5 ms x 1
-		if got := p.route(r, attempt.View{}); got != want {
+		if got := p.route(r, bars{}); got != want {
 			t.Fatalf("attempt %d goes to %d, want %d", i+1, got, want)
 		}
 		tb.ready[want].begin(false)
@@ -338,7 +338,7 @@ func TestWithoutAKey(t *testing.T) {
 	a.Init(&c, 1, attempt.First)
 	b.Init(&c, 2, attempt.Hedge)
 	a.Claim(a.View(), tb.ready[1].key)
-	if i := p.route(r, b.View()); i != 0 {
+	if i := p.route(r, bars{view: b.View()}); i != 0 {
 		t.Errorf("sent to %d, beside a sibling", i)
 	}
 }

@@ -37,7 +37,7 @@ func TestParseRendezvousConfig(t *testing.T) {
 		{js: `{"eps": 0, "header": "A", "Eps": 1, "key": 1, "eps": 1}`, errs: []string{
 			`eps: 0, want a number in (0, 10]`, `header: "A"` + charset, `unknown key "Eps", nearest is "eps"`,
 			`unknown key "key", nearest is "eps"`, `eps: given twice`}},
-		{js: `{"consistentHash": 1}`, errs: []string{`unknown key "consistentHash", want one of ["eps" "header"]`}},
+		{js: `{"consistentHash": 1}`, errs: []string{`unknown key "consistentHash", want one of ["ejection" "eps" "header" "maxInFlight" "slowStart" "subset" "zone"]`}},
 		{js: `[]`, errs: []string{`[], want an object`}},
 		{js: ``, errs: []string{`not JSON: EOF`}},
 	} {
@@ -46,6 +46,7 @@ func TestParseRendezvousConfig(t *testing.T) {
 		case len(tc.errs) == 0 && err != nil:
 			t.Errorf("%s: %v", tc.js, err)
 		case len(tc.errs) == 0:
+			tc.want.options = defaultOptions()
 			if got := *c.(*rendezvousConfig); got != tc.want {
 				t.Errorf("%s: %+v, want %+v", tc.js, got, tc.want)
 			}

@@ -8,8 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"google.golang.org/grpc/experimental/balancer/weight"
-	"google.golang.org/grpc/resolver"
 	"pgregory.net/rapid"
 
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
@@ -33,15 +31,13 @@ func seats(eps float64, weights ...uint32) *table {
 
 // chooser makes the rendezvous of those endpoints that are not left out.
 func (tb *table) chooser(without ...*endpoint) *rendezvous {
-	var ready []*endpoint
-	var named []resolver.Endpoint
+	var ready []member
 	for i, e := range tb.ready {
 		if !slices.Contains(without, e) {
-			ready = append(ready, e)
-			named = append(named, weight.Set(resolver.Endpoint{}, weight.EndpointInfo{Weight: tb.weights[i]}))
+			ready = append(ready, member{endpoint: e, weight: float64(max(1, tb.weights[i]))})
 		}
 	}
-	p := newRendezvous(ready, named, &rendezvousConfig{eps: tb.eps}, &tb.all)
+	p := newRendezvous(ready, &rendezvousConfig{eps: tb.eps}, &tb.all)
 	p.adrift = without
 	return p
 }
@@ -63,7 +59,7 @@ func (tb *table) ranks(key string) []*endpoint {
 func (tb *table) room(e *endpoint, p *rendezvous) int64 {
 	var m, w, sum int64
 	for i, x := range tb.ready {
-		if !slices.Contains(p.ready, x) {
+		if !p.has(x) {
 			continue
 		}
 		m += at(x)
@@ -74,6 +70,20 @@ func (tb *table) room(e *endpoint, p *rendezvous) int64 {
 	}
 	n, d := int64(16*(1+tb.eps))*(m+1)*w, 16*sum
 	return (n + d - 1) / d
+}
+
+// has reports whether an endpoint is a member.
+func (p *rendezvous) has(e *endpoint) bool {
+	return slices.ContainsFunc(p.ready, func(m member) bool { return m.endpoint == e })
+}
+
+// goes is seek as a rotation asks: where none has been tried, or else where none runs.
+func (p *rendezvous) goes(key string, v attempt.View) int {
+	i := p.seek(hashKey(key), bars{view: v})
+	if i < 0 {
+		i = p.seek(hashKey(key), bars{v, true})
+	}
+	return i
 }
 
 func at(e *endpoint) int64 {
@@ -98,21 +108,21 @@ func TestAttemptsGoDownTheRanks(t *testing.T) {
 		for i := range as {
 			as[i].Init(&c, i+1, attempt.Hedge)
 			v := as[i].View()
-			got := p.seek(hashKey(key), v)
+			got := p.goes(key, v)
 			if i == len(ranks) {
 				if got >= 0 {
 					t.Fatalf("attempt %d goes beside a sibling", i+1)
 				}
 				break
 			}
-			if got < 0 || p.ready[got] != ranks[i] {
+			if got < 0 || p.ready[got].endpoint != ranks[i] {
 				t.Fatalf("attempt %d goes to %d, want rank %d: %s", i+1, got, i+1, ranks[i].key)
 			}
 			as[i].Claim(v, ranks[i].key)
 		}
 		k := rapid.IntRange(0, len(ranks)-1).Draw(t, "ended")
 		as[k].End()
-		if got := p.seek(hashKey(key), as[len(ranks)].View()); got < 0 || p.ready[got] != ranks[k] {
+		if got := p.goes(key, as[len(ranks)].View()); got < 0 || p.ready[got].endpoint != ranks[k] {
 			t.Fatalf("goes to %d, want where attempt %d has ended", got, k+1)
 		}
 	})
@@ -131,7 +141,7 @@ func TestOneEndpointMovesItsKeysOnly(t *testing.T) {
 		salt := rapid.IntRange(0, 1<<30).Draw(t, "first key")
 		for i := range keys {
 			key := fmt.Sprint(salt + i)
-			a, b := with.ready[with.seek(hashKey(key), attempt.View{})], without.ready[without.seek(hashKey(key), attempt.View{})]
+			a, b := with.ready[with.goes(key, attempt.View{})].endpoint, without.ready[without.goes(key, attempt.View{})].endpoint
 			if a == one {
 				moved++
 			} else if a != b {
@@ -139,7 +149,7 @@ func TestOneEndpointMovesItsKeysOnly(t *testing.T) {
 			}
 			if i < 20 {
 				rest := seats(maxEps, slices.Delete(slices.Clone(tb.weights), k, k+1)...)
-				rest.ready = without.ready
+				rest.ready = slices.Delete(slices.Clone(tb.ready), k, k+1)
 				if got, want := rest.ranks(key), slices.DeleteFunc(tb.ranks(key), func(e *endpoint) bool { return e == one }); !slices.Equal(got, want) {
 					t.Fatalf("key %q: the ranks of the others change", key)
 				}
@@ -181,15 +191,15 @@ func TestSharesAreWeights(t *testing.T) {
 			second[i] = make([]float64, len(w))
 		}
 		for k := range keys {
-			key := hashKey(fmt.Sprintf(format, k))
+			key := fmt.Sprintf(format, k)
 			var c attempt.Call
 			var a, b attempt.Attempt
 			a.Init(&c, 1, attempt.First)
 			b.Init(&c, 2, attempt.Hedge)
-			i := p.seek(key, a.View())
+			i := p.goes(key, a.View())
 			a.Claim(a.View(), p.ready[i].key)
 			first[i]++
-			second[i][p.seek(key, b.View())]++
+			second[i][p.goes(key, b.View())]++
 		}
 		for i := range w {
 			within(t, fmt.Sprintf("%s: first at %d", name, i), first[i], keys, w[i]/sum)
@@ -247,9 +257,9 @@ func TestLoadIsBounded(t *testing.T) {
 				key := rapid.SampledFrom([]string{"hot", "hot", "hot", "warm", "a", "b", "c"}).Draw(t, "key")
 				ranks := tb.ranks(key)
 				want := ranks[slices.IndexFunc(ranks, func(e *endpoint) bool {
-					return slices.Contains(p.ready, e) && at(e) < tb.room(e, p)
+					return p.has(e) && at(e) < tb.room(e, p)
 				})]
-				got := p.ready[p.seek(hashKey(key), attempt.View{})]
+				got := p.ready[p.goes(key, attempt.View{})].endpoint
 				if got != want {
 					t.Fatalf("%s: sent to %s (%d in flight, room for %d), want %s", key, got.key, at(got), tb.room(got, p), want.key)
 				}
@@ -272,7 +282,7 @@ func TestAllFullIsNoReason(t *testing.T) {
 		e.flights.Store(10) // and nothing in the crowd
 	}
 	p := tb.chooser()
-	if i := p.seek(hashKey("k"), attempt.View{}); i < 0 || p.ready[i] != tb.ranks("k")[0] {
+	if i := p.goes("k", attempt.View{}); i < 0 || p.ready[i].endpoint != tb.ranks("k")[0] {
 		t.Errorf("sent to %d, want the first rank", i)
 	}
 }
@@ -328,8 +338,8 @@ func TestRendezvousSteps(t *testing.T) {
 					a.Init(&c, len(sent)+1, attempt.Hedge)
 					v := a.View()
 					got := unsent
-					if k := p.seek(hashKey("k"), v); k >= 0 {
-						got = 1 + slices.Index(ranks, p.ready[k])
+					if k := p.goes("k", v); k >= 0 {
+						got = 1 + slices.Index(ranks, p.ready[k].endpoint)
 						a.Claim(v, p.ready[k].key)
 						p.ready[k].begin(false)
 					}

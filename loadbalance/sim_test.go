@@ -2,6 +2,7 @@ package loadbalance
 
 import (
 	"container/heap"
+	"context"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -46,18 +47,30 @@ type policy interface {
 }
 
 // underTest is the policy under test.
-type underTest struct{ p p2c }
+type underTest struct {
+	p       p2c
+	sweep   time.Duration
+	typical float64
+}
 
 func newReal(n int) policy {
-	p := &underTest{p2c{tau: 10 * time.Second}}
+	p := &underTest{p: p2c{tau: 10 * time.Second}}
 	for i := range n {
-		p.p.ready = append(p.p.ready, &endpoint{key: string(rune('a' + i))})
+		p.p.ready = append(p.p.ready, member{endpoint: &endpoint{key: string(rune('a' + i))}, weight: 1})
 	}
 	return p
 }
 
 func (p *underTest) choose(now time.Duration, v attempt.View, r *rand.Rand) int {
-	return p.p.choose(now, v, false, r.IntN)
+	if now >= p.sweep { // as shards.sweep does
+		p.sweep = now + sweepEvery
+		var ready []seated
+		for _, m := range p.p.ready {
+			ready = append(ready, seated{remembered: &remembered{endpoint: m.endpoint}})
+		}
+		p.typical = typicalOf(ready)
+	}
+	return chooseAt(&p.p, now, p.typical, v, false, r)
 }
 func (p *underTest) begin(ep int) { p.p.ready[ep].begin(false) }
 func (p *underTest) end(ep int, now, elapsed time.Duration, v verdict) {
@@ -65,6 +78,34 @@ func (p *underTest) end(ep int, now, elapsed time.Duration, v verdict) {
 	p.p.ready[ep].record(now, elapsed, p.p.tau, v)
 }
 func (p *underTest) name(ep int) string { return p.p.ready[ep].key }
+
+// choose asks a chooser as a rotation does.
+func choose(c chooser, now time.Duration, v attempt.View, streaming bool, r *rand.Rand) int {
+	return chooseAt(c, now, 0, v, streaming, r)
+}
+
+func chooseAt(c chooser, now time.Duration, typical float64, v attempt.View, streaming bool, r *rand.Rand) int {
+	q := request{ctx: context.Background(), now: now, typical: typical, streaming: streaming, bits: r.Uint64(), intn: r.IntN}
+	b := bars{view: v}
+	i := c.route(q, b)
+	if i < 0 && !b.none() {
+		b.running = true
+		i = c.route(q, b)
+	}
+	return i
+}
+
+// membersOf makes members of endpoints, of the given weights, 1 where there is none.
+func membersOf(ready []*endpoint, weights ...float64) []member {
+	ms := make([]member, len(ready))
+	for i, e := range ready {
+		ms[i] = member{endpoint: e, weight: 1}
+		if i < len(weights) {
+			ms[i].weight = weights[i]
+		}
+	}
+	return ms
+}
 
 // peak is what the estimate is compared with: Finagle's peak EWMA, where a
 // censored attempt raises a floor, over a fraction of completed attempts that

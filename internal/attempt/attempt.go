@@ -86,6 +86,8 @@ type Attempt struct {
 	// state is an atomic because the owner of the attempt ends it while pickers
 	// of its siblings ask whether it is still in flight.
 	state atomic.Uint32
+	// superseded is an atomic for the same reason.
+	superseded atomic.Bool
 	// first is the claim of the first pick, here so that it costs no allocation.
 	// used guards it: only one pick may have it.
 	first claim
@@ -106,6 +108,13 @@ func (a *Attempt) Of(method string) bool {
 
 // End records that the attempt is over: nothing of it is in flight any more.
 func (a *Attempt) End() { a.state.CompareAndSwap(running, ended) }
+
+// Supersede records that a sibling's answer has made the attempt needless, so that it is
+// about to be cancelled.
+func (a *Attempt) Supersede() { a.superseded.Store(true) }
+
+// Superseded reports whether Supersede has been called.
+func (a *Attempt) Superseded() bool { return a.superseded.Load() }
 
 // MarkUnsent records that the picker had no endpoint for this attempt, so that
 // it fails locally and was never launched.
