@@ -125,8 +125,8 @@ type member struct {
 type chooser interface {
 	// route returns the index of the member that an attempt goes to, or -1 if all are
 	// barred. It is called again with other bars if so, or if a sibling is picked in the
-	// meantime.
-	route(r request, b bars) int
+	// meantime. It does not keep r.
+	route(r *request, b bars) int
 }
 
 // A request is what a chooser may know of an attempt.
@@ -459,7 +459,7 @@ func (t *rotation) add(members []member, choose func([]member) chooser) {
 }
 
 // find returns where an attempt goes; nil if nowhere.
-func (t *rotation) find(r request, v attempt.View) *member {
+func (t *rotation) find(r *request, v attempt.View) *member {
 	b := bars{view: v}
 	if b.none() {
 		if t.bench != nil && !r.streaming {
@@ -535,52 +535,59 @@ func (t *rotation) roomy(v attempt.View) *member {
 
 // Pick implements balancer.Picker. It takes no lock, and allocates nothing as a rule.
 func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
-	a := attempt.FromContext(info.Ctx)
-	if a != nil && !a.Of(info.FullMethodName) {
-		a = nil // a call made within an attempt of another
-	}
+	w := watches.Get().(*watched)
 	t := p.rotation.Load()
-	r := request{
-		ctx: info.Ctx, now: p.b.now(), typical: math.Float64frombits(p.b.typical.Load()),
-		bits: rand.Uint64(), intn: rand.IntN,
-	}
-	var m *member
-	if a == nil {
-		r.streaming = p.b.methods.streaming(info.FullMethodName)
-		if m = t.find(r, attempt.View{}); !t.admit(&m, r.streaming, attempt.View{}) {
-			return balancer.PickResult{}, errFull
-		}
-	} else {
-		r.streaming = a.Streaming
-		for {
-			v := a.View()
-			m = t.find(r, v)
-			if m == nil {
-				a.MarkUnsent()
-				return balancer.PickResult{}, errNotSent
-			}
-			if !t.admit(&m, r.streaming, v) {
-				if a.Kind == attempt.Hedge {
-					a.MarkUnsent()
-					return balancer.PickResult{}, errNotSent
-				}
-				return balancer.PickResult{}, errFull
-			}
-			if a.Claim(v, m.key) {
-				break
-			}
-			// A sibling was picked in the meantime: look where it went.
-			m.release(r.streaming)
-		}
+	w.b, w.t, w.ctx = p.b, t, info.Ctx
+	w.now, w.typical, w.bits = p.b.now(), math.Float64frombits(p.b.typical.Load()), rand.Uint64()
+	m, err := w.choose(info)
+	if err != nil {
+		w.recycle()
+		return balancer.PickResult{}, err
 	}
 	result, err := m.leaf.Pick(info)
 	if err != nil {
 		// Not ready any more. A new picker is on its way, and grpc asks it.
-		m.release(r.streaming)
+		m.release(w.streaming)
+		w.recycle()
 		return result, err
 	}
-	result.Done = p.b.watch(info.Ctx, m.endpoint, r, t, result.Done)
+	w.e, w.done = m.endpoint, result.Done
+	result.Done = w.finish
 	return result, nil
+}
+
+// choose chooses an endpoint and counts the attempt in there.
+func (w *watched) choose(info balancer.PickInfo) (*member, error) {
+	a := attempt.FromContext(info.Ctx)
+	if a == nil || !a.Of(info.FullMethodName) { // a call made within an attempt of another
+		w.streaming = w.b.methods.streaming(info.FullMethodName)
+		m := w.t.find(&w.request, attempt.View{})
+		if !w.t.admit(&m, w.streaming, attempt.View{}) {
+			return nil, errFull
+		}
+		return m, nil
+	}
+	w.streaming = a.Streaming
+	for {
+		v := a.View()
+		m := w.t.find(&w.request, v)
+		if m == nil {
+			a.MarkUnsent()
+			return nil, errNotSent
+		}
+		if !w.t.admit(&m, w.streaming, v) {
+			if a.Kind == attempt.Hedge {
+				a.MarkUnsent()
+				return nil, errNotSent
+			}
+			return nil, errFull
+		}
+		if a.Claim(v, m.key) {
+			return m, nil
+		}
+		// A sibling was picked in the meantime: look where it went.
+		m.release(w.streaming)
+	}
 }
 
 // admit counts an attempt in at a member, or at another if that has no room; it reports
@@ -596,26 +603,16 @@ func (t *rotation) admit(m **member, streaming bool, v attempt.View) bool {
 	return *m != nil
 }
 
-// watch returns what is to be called at the end of an attempt that has been counted in
-// at e.
-func (b *shards) watch(ctx context.Context, e *endpoint, r request, t *rotation, done func(balancer.DoneInfo)) func(balancer.DoneInfo) {
-	w := watches.Get().(*watched)
-	w.b, w.ctx, w.e, w.t, w.sent, w.streaming, w.done = b, ctx, e, t, r.now, r.streaming, done
-	return w.finish
-}
-
 // watched is an attempt in flight. It is pooled with its function, which is what a pick
 // would allocate otherwise: grpc calls that once and not again
 // (balancer.PickResult.Done).
 type watched struct {
-	finish    func(balancer.DoneInfo)
-	b         *shards
-	ctx       context.Context
-	e         *endpoint
-	t         *rotation
-	sent      time.Duration
-	streaming bool
-	done      func(balancer.DoneInfo)
+	request
+	finish func(balancer.DoneInfo)
+	b      *shards
+	e      *endpoint
+	t      *rotation
+	done   func(balancer.DoneInfo)
 }
 
 var watches sync.Pool
@@ -623,9 +620,16 @@ var watches sync.Pool
 func init() {
 	watches.New = func() any {
 		w := new(watched)
+		w.intn = rand.IntN
 		w.finish = w.end
 		return w
 	}
+}
+
+// recycle gives w back.
+func (w *watched) recycle() {
+	w.b, w.ctx, w.e, w.t, w.done = nil, nil, nil, nil, nil
+	watches.Put(w)
 }
 
 // end counts the attempt out, and notes what it says about its endpoint.
@@ -634,9 +638,8 @@ func (w *watched) end(info balancer.DoneInfo) {
 	if b == nil {
 		return // called twice
 	}
-	sent, streaming := w.sent, w.streaming
-	w.b, w.ctx, w.e, w.t, w.done = nil, nil, nil, nil, nil
-	watches.Put(w)
+	sent, streaming := w.now, w.streaming
+	w.recycle()
 
 	e.release(streaming)
 	v, ok := judge(ctx, info, streaming)

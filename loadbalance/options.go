@@ -8,8 +8,23 @@ import (
 	"time"
 )
 
+// A document is a configuration as it was written. grpc's xDS balancers write out what
+// they have parsed, with json.Marshal, and parse that again on its way down
+// (internal/xds/balancer/cdsbalancer): a configuration that does not come out as it went
+// in is none that xDS can deliver.
+type document struct{ js string }
+
+// MarshalJSON implements json.Marshaler.
+func (d document) MarshalJSON() ([]byte, error) {
+	if d.js == "" { // the defaults
+		return []byte("{}"), nil
+	}
+	return []byte(d.js), nil
+}
+
 // options are what every balancer of this package can be told.
 type options struct {
+	document
 	// maxInFlight, [1, 1e9], is how many attempts of this client, streams included, may be
 	// in flight at one endpoint. An attempt that would exceed it goes to the least loaded
 	// endpoint with room, and fails with RESOURCE_EXHAUSTED if there is none. Default 0:

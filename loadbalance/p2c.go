@@ -53,6 +53,7 @@ type p2cConfig struct {
 // ParseConfig implements balancer.ConfigParser. It reports every fault.
 func (p2cBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
 	c := &p2cConfig{options: defaultOptions(), decayTime: defaultDecayTime}
+	c.js = string(js)
 	parsers := c.parsers()
 	parsers["decayTime"] = func(v json.RawMessage) (err error) {
 		c.decayTime, err = parseDecayTime(v)
@@ -133,7 +134,7 @@ func newP2C(members []member, tau time.Duration) *p2c {
 }
 
 // route implements chooser.
-func (p *p2c) route(r request, b bars) int {
+func (p *p2c) route(r *request, b bars) int {
 	n := len(p.ready)
 	if b.none() {
 		switch n {
@@ -153,7 +154,7 @@ func (p *p2c) route(r request, b bars) int {
 }
 
 // best returns the endpoint of the lowest load of i, j, and those that are drawn on.
-func (p *p2c) best(r request, b bars, i, j int) int {
+func (p *p2c) best(r *request, b bars, i, j int) int {
 	x, y := p.weigh(r, i), p.weigh(r, j)
 	if y.less(x) {
 		i, x = j, y
@@ -173,7 +174,7 @@ func (p *p2c) best(r request, b bars, i, j int) int {
 }
 
 // one draws an endpoint.
-func (p *p2c) one(r request) int {
+func (p *p2c) one(r *request) int {
 	if p.wheel != nil {
 		return p.wheel.draw(fresh(r.intn), r.intn)
 	}
@@ -186,7 +187,7 @@ type burden struct {
 	n    float64 // attempts in flight, one more with this
 }
 
-func (p *p2c) weigh(r request, i int) burden {
+func (p *p2c) weigh(r *request, i int) burden {
 	cost, n := p.ready[i].load(r.now, p.tau, r.streaming)
 	if cost > r.typical*(1/alike) && cost < r.typical*alike {
 		cost = r.typical
@@ -216,7 +217,7 @@ func (x burden) busy(typical float64) bool {
 }
 
 // pair draws two distinct endpoints of at least two.
-func (p *p2c) pair(r request) (i, j int) {
+func (p *p2c) pair(r *request) (i, j int) {
 	n := uint64(len(p.ready))
 	if p.wheel != nil {
 		i = p.wheel.draw(r.bits, r.intn)
@@ -245,7 +246,7 @@ func fresh(intn func(int) int) uint64 {
 
 // draw returns two distinct endpoints that are not barred; -1 stands for one that does
 // not exist.
-func (p *p2c) draw(r request, b bars) (i, j int) {
+func (p *p2c) draw(r *request, b bars) (i, j int) {
 	// As a rule nearly all are allowed: draw until two fit. A pair that fits is
 	// drawn as any among those that do, so giving up after a few draws and going
 	// through all of them biases nothing.

@@ -404,7 +404,7 @@ func testChooseProperties(t *testing.T, policy func(all, ready []*endpoint) choo
 		s := &sent{Attempt: new(attempt.Attempt)}
 		s.Init(&c.Call, len(c.sent)+1, attempt.Hedge)
 		v := s.View()
-		q := request{ctx: c.ctx, now: now, bits: r.Uint64(), intn: r.IntN}
+		q := &request{ctx: c.ctx, now: now, bits: r.Uint64(), intn: r.IntN}
 		i := p.route(q, bars{view: v})
 		if i < 0 {
 			i = p.route(q, bars{v, true})
@@ -469,7 +469,7 @@ func TestDrawIsFair(t *testing.T) {
 		counts := make([]int, tc.n)
 		const draws = 20_000
 		for range draws {
-			i, j := p.draw(request{bits: r.Uint64(), intn: r.IntN}, bars{view: a.View()})
+			i, j := p.draw(&request{bits: r.Uint64(), intn: r.IntN}, bars{view: a.View()})
 			if i == j || i < 0 || j < 0 {
 				t.Fatalf("drew %d and %d", i, j)
 			}

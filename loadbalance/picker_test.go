@@ -1,12 +1,15 @@
 package loadbalance
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -218,6 +221,38 @@ func TestEmptyDoneInfo(t *testing.T) {
 	}
 }
 
+// A configuration comes out as it went in: xDS writes it out and parses it again.
+func TestConfigsSurviveMarshalling(t *testing.T) {
+	for name, js := range map[string]string{
+		P2CName:        `{"decayTime": "3s", "maxInFlight": 7, "ejection": {"minimumCalls": 5}}`,
+		RendezvousName: `{"header": "x-user-id", "eps": 2, "subset": {"size": 3}}`,
+	} {
+		p := balancer.Get(name).(balancer.ConfigParser)
+		for _, js := range []string{js, `{}`} {
+			first, err := p.ParseConfig([]byte(js))
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, err := json.Marshal(first)
+			if err != nil {
+				t.Fatal(err)
+			}
+			again, err := p.ParseConfig(out)
+			if err != nil {
+				t.Fatalf("%s: %s comes out as %s: %v", name, js, out, err)
+			}
+			var a, b bytes.Buffer
+			for buf, c := range map[*bytes.Buffer]any{&a: first, &b: again} {
+				fmt.Fprintf(buf, "%+v", c)
+			}
+			// But for the spaces in the document itself, which json.Marshal drops.
+			if strings.ReplaceAll(a.String(), " ", "") != strings.ReplaceAll(b.String(), " ", "") {
+				t.Errorf("%s: %s\nbecomes %s", name, &a, &b)
+			}
+		}
+	}
+}
+
 // A chooser is told the time, whether the attempt is a stream, and the decay time. Two
 // endpoints are equally idle, and the slower one is due for a probe, which no stream is.
 func TestRoute(t *testing.T) {
@@ -235,7 +270,7 @@ func TestRoute(t *testing.T) {
 			streaming bool
 			want      *endpoint
 		}{{0, false, fast}, {2 * tau, false, slow}, {2 * tau, true, fast}} {
-			r := request{ctx: t.Context(), now: tc.now, streaming: tc.streaming, intn: func(int) int { return 0 }}
+			r := &request{ctx: t.Context(), now: tc.now, streaming: tc.streaming, intn: func(int) int { return 0 }}
 			if got := eps[p.route(r, bars{})]; got != tc.want {
 				t.Errorf("%s at %v, streaming %v: %s, want %s", name, tc.now, tc.streaming, got.key, tc.want.key)
 			}

@@ -51,6 +51,7 @@ type rendezvousConfig struct {
 // ParseConfig implements balancer.ConfigParser. It reports every fault.
 func (rendezvousBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
 	c := &rendezvousConfig{options: defaultOptions(), eps: defaultEps}
+	c.js = string(js)
 	parsers := c.parsers()
 	parsers["header"] = func(v json.RawMessage) error {
 		if err := json.Unmarshal(v, &c.header); err != nil {
@@ -220,7 +221,7 @@ func newRendezvous(members []member, c *rendezvousConfig, all *crowd) *rendezvou
 }
 
 // route implements chooser.
-func (p *rendezvous) route(r request, b bars) int {
+func (p *rendezvous) route(r *request, b bars) int {
 	key := p.keyOf(r.ctx)
 	if key == noKey {
 		return p.p2c.route(r, b)

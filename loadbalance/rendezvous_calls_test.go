@@ -324,7 +324,7 @@ func TestRendezvousKey(t *testing.T) {
 func TestWithoutAKey(t *testing.T) {
 	tb := seats(.25, 1, 1)
 	p := tb.chooser()
-	r := request{ctx: context.Background(), now: ms, intn: func(int) int { return 0 }}
+	r := &request{ctx: context.Background(), now: ms, intn: func(int) int { return 0 }}
 	tb.ready[0].record(0, 2*ms, tau, answered)
 	tb.ready[1].record(0, 5*ms, tau, answered)
 	for i, want := range []int{0, 0, 1} { // 2 ms x 1, x 2 and x 3, against 5 ms x 1

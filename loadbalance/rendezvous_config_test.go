@@ -47,6 +47,7 @@ func TestParseRendezvousConfig(t *testing.T) {
 			t.Errorf("%s: %v", tc.js, err)
 		case len(tc.errs) == 0:
 			tc.want.options = defaultOptions()
+			tc.want.js = tc.js
 			if got := *c.(*rendezvousConfig); got != tc.want {
 				t.Errorf("%s: %+v, want %+v", tc.js, got, tc.want)
 			}

@@ -85,7 +85,7 @@ func choose(c chooser, now time.Duration, v attempt.View, streaming bool, r *ran
 }
 
 func chooseAt(c chooser, now time.Duration, typical float64, v attempt.View, streaming bool, r *rand.Rand) int {
-	q := request{ctx: context.Background(), now: now, typical: typical, streaming: streaming, bits: r.Uint64(), intn: r.IntN}
+	q := &request{ctx: context.Background(), now: now, typical: typical, streaming: streaming, bits: r.Uint64(), intn: r.IntN}
 	b := bars{view: v}
 	i := c.route(q, b)
 	if i < 0 && !b.none() {
