@@ -18,7 +18,7 @@ import (
 // measure starts the backends, runs the experiment and ends them again.
 func (s *settings) measure(cmd *cobra.Command, sc *scenario.Scenario, policies []policy) (*report.Report, error) {
 	fleet.RelaxGC()
-	fleets, closeFleets, err := s.fleets(cmd.Context(), sc, len(policies))
+	fleets, closeFleets, err := s.fleets(cmd.Context(), sc, policies)
 	defer closeFleets()
 	if err != nil {
 		return nil, interrupted(cmd.Context(), err)
@@ -68,7 +68,7 @@ func (s *settings) measure(cmd *cobra.Command, sc *scenario.Scenario, policies [
 
 // fleets starts the backends: one fleet for all policies, or, side by side, one
 // for each. The second result ends what has been started, also after an error.
-func (s *settings) fleets(ctx context.Context, sc *scenario.Scenario, policies int) ([]*fleet.Fleet, func(), error) {
+func (s *settings) fleets(ctx context.Context, sc *scenario.Scenario, policies []policy) ([]*fleet.Fleet, func(), error) {
 	var all []*fleet.Fleet
 	end := func() {
 		for _, f := range all {
@@ -79,13 +79,9 @@ func (s *settings) fleets(ctx context.Context, sc *scenario.Scenario, policies i
 	if err != nil {
 		return nil, end, fmt.Errorf("find this program, to start the backends: %w", err)
 	}
-	n := 1
-	if sc.SideBySide {
-		n = policies
-	}
-	for range n {
+	for _, r := range reportsOf(policies, sc.SideBySide) {
 		f, err := fleet.Start(ctx, fleet.Config{
-			Scenario: sc, Seed: s.seed, Command: []string{self, "serve"}, Processes: s.children,
+			Scenario: sc, Seed: s.seed, Command: []string{self, "serve"}, Processes: s.children, Reports: r,
 		})
 		if err != nil {
 			return nil, end, err
@@ -93,6 +89,19 @@ func (s *settings) fleets(ctx context.Context, sc *scenario.Scenario, policies i
 		all = append(all, f)
 	}
 	return all, end, nil
+}
+
+// reportsOf returns what the servers of each fleet report.
+func reportsOf(policies []policy, sideBySide bool) []fleet.Reports {
+	var reports []fleet.Reports
+	for _, p := range policies {
+		if len(reports) == 0 || sideBySide {
+			reports = append(reports, fleet.Reports{})
+		}
+		last := &reports[len(reports)-1]
+		*last = last.Or(p.reports)
+	}
+	return reports
 }
 
 // interrupted gives the exit code of Ctrl-C to an error that it caused.

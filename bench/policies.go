@@ -5,31 +5,44 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/balancer"
+	_ "google.golang.org/grpc/balancer/leastrequest" // least_request_experimental
 
 	"github.com/bobtail-rpc/bobtail"
+	"github.com/bobtail-rpc/bobtail/bench/fleet"
 )
 
 // A policy is a name in the table and the dial options that make it so. Its state
 // (budgets, breakers, what it has learned) lives in the options: clients that are to
 // share none look it up each for itself.
 type policy struct {
-	name string
-	opts []grpc.DialOption
+	name    string
+	opts    []grpc.DialOption
+	reports fleet.Reports // what its servers must report
 }
 
 // options makes a policy's dial options.
 type options func() ([]grpc.DialOption, error)
 
-// builtin lists the policies that need no file, the yardstick first.
-var builtin = []struct {
+type builtinPolicy struct {
 	name, shows string
 	options     options
-}{
+}
+
+// builtin lists the policies that need no file, the yardstick first.
+var builtin = []builtinPolicy{
 	{"none", "grpc's own round_robin and nothing else: the yardstick", serviceConfig(noneConfig)},
+	{"round_robin", "the same by its own name", serviceConfig(noneConfig)},
+	{"least_request", "grpc's own: the backend with the fewest calls in flight of 5 drawn at random", serviceConfig(leastRequest(5))},
+	{"least_request_2", "the same, of 2, which is grpc's default", serviceConfig(leastRequest(2))},
+	{"weighted_round_robin", "grpc's own: in turns, by what each backend reports with its answers, from 1 s on (by default 10 s)", serviceConfig(weightedConfig)},
 	{"p2c", "bobtail's balancer alone: the faster of two backends drawn at random", embedded("p2c")},
+	{"prequal", "bobtail's balancer by probes: the fastest of those with few calls in flight", embedded("prequal")},
+	{"rendezvous", "bobtail's balancer by keys: calls of one key go to one backend, while it has room", embedded("rendezvous")},
 	{"hedge-10ms", "a second attempt elsewhere once 10 ms have passed, for at most 5% of calls", embedded("hedge-10ms")},
 	{"hedge", "the same, after the time that 95% of calls need, as measured while running", embedded("hedge")},
 	{"retry", "p2c, and up to 4 attempts of what is UNAVAILABLE, within 5% of extra load in any second", embedded("retry")},
@@ -38,7 +51,33 @@ var builtin = []struct {
 	{"full", "what bobtail does by default", func() ([]grpc.DialOption, error) { return install(bobtail.DefaultPolicy()) }},
 }
 
+// needs lists the policies that depend on a balancer that may not be linked, or on what
+// servers report.
+var needs = map[string]struct {
+	balancer string
+	reports  fleet.Reports
+}{
+	"weighted_round_robin": {"weighted_round_robin", fleet.Reports{ORCA: true}},
+	"prequal":              {"bobtail_prequal", fleet.Reports{Probes: true}},
+}
+
+// A policy whose balancer is not linked is none.
+func init() {
+	builtin = slices.DeleteFunc(builtin, func(p builtinPolicy) bool {
+		n, ok := needs[p.name]
+		return ok && balancer.Get(n.balancer) == nil
+	})
+}
+
 const noneConfig = `{"loadBalancingConfig":[{"round_robin":{}}]}`
+
+func leastRequest(choices int) string {
+	return fmt.Sprintf(`{"loadBalancingConfig":[{"least_request_experimental":{"choiceCount":%d}}]}`, choices)
+}
+
+// weightedConfig has grpc's defaults but for the blackout, of 10 s, in which a backend's
+// first reports are not used yet: that is longer than some runs, and than any warm-up.
+const weightedConfig = `{"loadBalancingConfig":[{"weighted_round_robin":{"blackoutPeriod":"1s"}}]}`
 
 // naiveConfig has the policy of policies/retry.json in grpc-go's own hands: its jitter is
 // another (x U(0.8, 1.2) instead of full), and without retryThrottling nothing bounds it.
@@ -68,7 +107,9 @@ func findPolicy(name string) (policy, error) {
 	}
 	for _, p := range builtin {
 		if p.name == name {
-			return newPolicy(name, p.options)
+			q, err := newPolicy(name, p.options)
+			q.reports = needs[name].reports
+			return q, err
 		}
 	}
 	return policy{}, fmt.Errorf("no policy %q, want one of %s, or a policy document *.json", name, strings.Join(policyNames(), ", "))
@@ -79,7 +120,7 @@ func newPolicy(name string, o options) (policy, error) {
 	if err != nil {
 		return policy{}, fmt.Errorf("policy %s: %w", name, err)
 	}
-	return policy{name, opts}, nil
+	return policy{name: name, opts: opts}, nil
 }
 
 // serviceConfig is grpc alone.

@@ -22,11 +22,11 @@ func newScenarios() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				fmt.Fprintf(out, "  %-13s %s\n", name, s.Description)
+				fmt.Fprintf(out, "  %-21s %s\n", name, s.Description)
 			}
 			fmt.Fprintln(out, "\nPolicies (--policies):")
 			for _, p := range builtin {
-				fmt.Fprintf(out, "  %-13s %s\n", p.name, p.shows)
+				fmt.Fprintf(out, "  %-21s %s\n", p.name, p.shows)
 			}
 			fmt.Fprintln(out, "\nBoth flags also take files *.json: a scenario, a policy document.")
 			return nil

@@ -2,17 +2,25 @@ package main
 
 import (
 	"context"
+	"net"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
+	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/bobtail-rpc/bobtail/bench/experiment"
 	"github.com/bobtail-rpc/bobtail/bench/fleet"
 	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/report"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
-	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
 
@@ -42,9 +50,11 @@ func virtualSleep(ctx context.Context, d time.Duration) error {
 
 // arrived is an attempt as a backend saw it.
 type arrived struct {
-	id  uint64
-	at  time.Time
-	err error
+	id      uint64
+	key     string
+	backend int
+	at      time.Time
+	err     error
 }
 
 // observer collects attempts; nil collects none.
@@ -61,21 +71,75 @@ func (o *observer) saw(a arrived) {
 	}
 }
 
+// backends are those of a scenario, over bufconn.
+type backends struct {
+	t *testing.T
+	// Atomic because one that was down listens anew, under dialing clients.
+	listeners []atomic.Pointer[bufconn.Listener]
+}
+
 // virtualFleet plays a scenario's backends. Call it, and look policies up, inside
 // a bubble.
-func virtualFleet(t *testing.T, sc *scenario.Scenario, seed uint64, o *observer) *grpctest.Fleet {
-	var backends []*fleet.Backend
-	for i := range sc.Backends {
-		backends = append(backends, fleet.NewBackend(sc, seed, i, virtualSleep))
-	}
-	return grpctest.NewFleet(t, sc.Backends, grpctest.Handlers{
-		Unary: func(ctx context.Context, b *grpctest.Backend, req *kvpb.Request) (*kvpb.Response, error) {
-			at := time.Now()
-			res, err := backends[b.Index].Get(ctx, req)
-			o.saw(arrived{req.Id, at, err})
-			return res, err
-		},
+func virtualFleet(t *testing.T, sc *scenario.Scenario, seed uint64, r fleet.Reports, o *observer) *backends {
+	f := &backends{t: t, listeners: make([]atomic.Pointer[bufconn.Listener], sc.Backends)}
+	ctx, stop := context.WithCancel(t.Context())
+	var servers sync.WaitGroup
+	t.Cleanup(func() {
+		stop()
+		servers.Wait()
 	})
+	for i := range sc.Backends {
+		listen := func() (net.Listener, error) {
+			lis := bufconn.Listen(256 << 10)
+			f.listeners[i].Store(lis)
+			return lis, nil
+		}
+		observe := func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+			at := time.Now()
+			res, err := handler(ctx, req)
+			get := req.(*kvpb.Request)
+			o.saw(arrived{get.Id, get.Key, i, at, err})
+			return res, err
+		}
+		b := fleet.NewBackend(sc, seed, i, virtualSleep)
+		lis, _ := listen()
+		servers.Go(func() {
+			// A bubble must not end before its handlers have: Stop waits for them.
+			err := fleet.Play(ctx, b, r, lis, listen, grpc.WaitForHandlers(true), grpc.ChainUnaryInterceptor(observe))
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	return f
+}
+
+// Dial connects to all backends, until the test ends.
+func (f *backends) Dial(opts ...grpc.DialOption) *grpc.ClientConn {
+	f.t.Helper()
+	r := manual.NewBuilderWithScheme("virtual")
+	var st resolver.State
+	for i := range f.listeners {
+		st.Endpoints = append(st.Endpoints, resolver.Endpoint{Addresses: []resolver.Address{{Addr: strconv.Itoa(i)}}})
+	}
+	r.InitialState(st)
+	dial := func(ctx context.Context, addr string) (net.Conn, error) {
+		i, err := strconv.Atoi(addr)
+		if err != nil {
+			return nil, err
+		}
+		return f.listeners[i].Load().DialContext(ctx)
+	}
+	cc, err := grpc.NewClient("virtual:///kv", append([]grpc.DialOption{
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithResolvers(r),
+		grpc.WithContextDialer(dial),
+	}, opts...)...)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.t.Cleanup(func() { cc.Close() })
+	return cc
 }
 
 // ended is what became of a request: when it was meant to begin and when it ended,
@@ -128,7 +192,7 @@ func sideBySideOf(t *testing.T, sc *scenario.Scenario, seed uint64, policies ...
 	synctest.Test(t, func(t *testing.T) {
 		c := experiment.Config{Scenario: sc, Seed: seed, Block: 500 * time.Millisecond, Warmup: time.Second, Sleep: virtualSleep}
 		for _, p := range policies {
-			cc := virtualFleet(t, sc, seed, nil).Dial(append(p.opts, load.CountAttempts())...)
+			cc := virtualFleet(t, sc, seed, p.reports, nil).Dial(append(p.opts, load.CountAttempts())...)
 			c.Arms = append(c.Arms, experiment.Arm{Name: p.name, Conn: cc})
 		}
 		r, err := experiment.Run(t.Context(), c)

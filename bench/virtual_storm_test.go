@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/bobtail-rpc/bobtail/bench/fleet"
 	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
@@ -44,7 +45,7 @@ func brew(t *testing.T, clients int, rate float64, policy options) (s storm) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		var o observer
-		f := virtualFleet(t, sc, seed, &o)
+		f := virtualFleet(t, sc, seed, fleet.Reports{}, &o)
 		var callers []*load.Caller
 		for range clients {
 			opts, err := policy()

@@ -104,6 +104,9 @@ func (r *runner) send(arm int, b block, start time.Time, phase time.Duration) in
 		// Each policy's block plays at the same place of the timeline.
 		Epoch: start.Add(phase - b.offset),
 	}
+	if r.Scenario.Keys != nil {
+		caller.Key = func(id uint64) string { return r.Scenario.Key(r.Seed, id) }
+	}
 	sent := r.generator.Run(r.ctx, r.base, load.Block{Start: start.Add(phase), At: b.at, FirstID: b.firstID, Send: caller.Send, Record: t.record})
 	if r.ctx.Err() != nil {
 		t.length = min(t.length, max(time.Since(start), 0))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -29,13 +30,17 @@ type Backend struct {
 	sleep    load.Sleep
 	started  time.Time
 	queue    *queue // nil: as many workers as calls
+
+	begin sync.Once
+	begun chan struct{} // closed once epoch is known
+	epoch time.Time     // the zero of the timeline, as the first call told it
 }
 
 // NewBackend is backend index of the scenario, which waits by sleep. Its queue, if
 // the scenario has one, starts empty and belongs to one run of the timeline.
 func NewBackend(s *scenario.Scenario, seed uint64, index int, sleep load.Sleep) *Backend {
 	b := &Backend{scenario: s, seed: seed, index: index, name: fmt.Sprintf("backend-%d", index),
-		sleep: sleep, started: time.Now()}
+		sleep: sleep, started: time.Now(), begun: make(chan struct{})}
 	if s.Workers > 0 {
 		b.queue = newQueue(s.Workers)
 	}
@@ -48,12 +53,16 @@ func (b *Backend) Get(ctx context.Context, req *kvpb.Request) (*kvpb.Response, e
 	if req.EpochUnixNs != 0 {
 		epoch = time.Unix(0, req.EpochUnixNs)
 	}
+	b.begin.Do(func() {
+		b.epoch = epoch
+		close(b.begun)
+	})
 	c := &call{b: b, epoch: epoch, at: time.Since(epoch)}
 	n := attempt(ctx)
 	var err error
 	switch f := b.scenario.Fault(b.seed, req.Id, n, b.index, c.at); {
 	case f == nil:
-		err = c.serve(ctx, b.scenario.Work(b.seed, req.Id, n, b.index))
+		err = c.serve(ctx, req.Id, n)
 	case f.Kind == scenario.Error:
 		err = status.Errorf(codes.Code(f.Code), "%s: a fault of the scenario's", b.name)
 	default:
@@ -73,9 +82,9 @@ type call struct {
 }
 
 // serve waits for a worker and for the work.
-func (c *call) serve(ctx context.Context, work time.Duration) error {
+func (c *call) serve(ctx context.Context, id uint64, attempt int) error {
 	finish := func(start time.Duration) time.Duration {
-		return c.b.scenario.Finish(c.b.seed, c.b.index, start, work)
+		return start + c.b.scenario.Service(c.b.seed, id, attempt, c.b.index, start)
 	}
 	switch {
 	case c.b.queue == nil:

@@ -135,6 +135,11 @@ func TestBackendFaults(t *testing.T) {
 			s.Faults = []scenario.Fault{{Kind: scenario.Stall, From: span(50), For: span(500)}}
 			s.ServerTimeout = span(200)
 		}, time.Second, []int{0, 500}, []answer{{codes.Unavailable, 200}, {codes.OK, 650}}},
+		// The third waits for a worker until after the fault.
+		{"slow while it begins", func(s *scenario.Scenario) {
+			s.Workers = 1
+			s.Faults = []scenario.Fault{{Kind: scenario.Slowed, From: span(50), For: span(300), Factor: 2, Add: span(100)}}
+		}, time.Second, []int{0, 10, 340}, []answer{{codes.OK, 100}, {codes.OK, 400}, {codes.OK, 500}}},
 		{"without workers nobody waits", func(*scenario.Scenario) {}, time.Second, []int{0, 0, 0}, []answer{{codes.OK, 100}, {codes.OK, 100}, {codes.OK, 100}}},
 		{"two workers", func(s *scenario.Scenario) { s.Workers = 2 }, time.Second,
 			[]int{0, 0, 0, 50, 350}, []answer{{codes.OK, 100}, {codes.OK, 100}, {codes.OK, 200}, {codes.OK, 200}, {codes.OK, 450}}},

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,7 +16,6 @@ import (
 
 	"github.com/bobtail-rpc/bobtail/bench/clock"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
-	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
 
 // Orders are what a child is told, as one JSON document on its standard input.
@@ -25,6 +25,8 @@ type Orders struct {
 	Seed     uint64          `json:"seed"`
 	// Backends are the indexes this child plays.
 	Backends []int `json:"backends"`
+	// Reports are what they report of their load.
+	Reports Reports `json:"reports"`
 }
 
 // Hello is the child's answer on its standard output, once it listens.
@@ -56,25 +58,37 @@ func Serve(in io.Reader, out io.Writer) error {
 	var hello Hello
 	var servers sync.WaitGroup
 	defer servers.Wait()
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	ended := make(chan error, len(o.Backends)+1) // of a server, of the input
 	for _, index := range o.Backends {
 		lis, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return fmt.Errorf("fleet: backend %d: %w", index, err)
 		}
-		// A half-open connection would hold Stop, and so an orphan, for two minutes.
-		srv := grpc.NewServer(grpc.ConnectionTimeout(patience / 2))
-		kvpb.RegisterKVServer(srv, NewBackend(sc, o.Seed, index, clk.Sleep))
-		servers.Go(func() { srv.Serve(lis) }) //nolint:errcheck // it returns when stopped
-		defer srv.Stop()
-		hello.Addrs = append(hello.Addrs, lis.Addr().String())
+		addr := lis.Addr().String()
+		hello.Addrs = append(hello.Addrs, addr)
+		b := NewBackend(sc, o.Seed, index, clk.Sleep)
+		servers.Go(func() {
+			err := Play(ctx, b, o.Reports, lis, func() (net.Listener, error) { return net.Listen("tcp", addr) },
+				// A half-open connection would hold Stop, and so an orphan, for two minutes.
+				grpc.ConnectionTimeout(patience/2))
+			if err != nil {
+				ended <- fmt.Errorf("fleet: backend %d: come back: %w", index, err)
+			}
+		})
 	}
 	if err := json.NewEncoder(out).Encode(hello); err != nil {
 		return fmt.Errorf("fleet: say hello: %w", err)
 	}
-	if _, err := io.Copy(io.Discard, io.MultiReader(dec.Buffered(), in)); err != nil && !errors.Is(err, os.ErrClosed) {
-		return fmt.Errorf("fleet: wait for the parent: %w", err)
-	}
-	return nil
+	go func() {
+		_, err := io.Copy(io.Discard, io.MultiReader(dec.Buffered(), in))
+		if err != nil && !errors.Is(err, os.ErrClosed) {
+			ended <- fmt.Errorf("fleet: wait for the parent: %w", err)
+		}
+		ended <- nil
+	}()
+	return <-ended
 }
 
 // RelaxGC lets the heap grow to five times what lives before it is collected.

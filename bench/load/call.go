@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/stats"
 
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/loadbalance"
 )
 
 // Caller makes a scenario's requests: Fanout leaf calls of kv.KV/Get at once,
@@ -21,6 +22,9 @@ type Caller struct {
 	Fanout int
 	// Epoch is the zero of the scenario's timeline.
 	Epoch time.Time
+	// Key returns the key of a leaf call, "" for none. It goes into the request, and
+	// into the context, where a balancer finds it. nil: no call has one.
+	Key func(id uint64) string
 	// Attempts counts what was sent, if the connection has [CountAttempts].
 	Attempts *Attempts
 }
@@ -51,7 +55,12 @@ func (c *Caller) Send(ctx context.Context, id uint64) error {
 }
 
 func (c *Caller) leaf(ctx context.Context, id uint64) error {
-	res, err := c.Client.Get(ctx, &kvpb.Request{Id: id, EpochUnixNs: c.Epoch.UnixNano()})
+	req := &kvpb.Request{Id: id, EpochUnixNs: c.Epoch.UnixNano()}
+	if c.Key != nil {
+		req.Key = c.Key(id)
+		ctx = loadbalance.WithKey(ctx, req.Key)
+	}
+	res, err := c.Client.Get(ctx, req)
 	if err != nil {
 		return err
 	}

@@ -121,3 +121,48 @@ func TestWrongAnswer(t *testing.T) {
 		}
 	})
 }
+
+// The key of a leaf call is in its request, and in its context, where the balancer finds it.
+func TestKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		at := map[string]map[int]int{} // calls of a key at a backend
+		f := grpctest.NewFleet(t, 8, grpctest.Handlers{
+			Unary: func(_ context.Context, b *grpctest.Backend, req *kvpb.Request) (*kvpb.Response, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				if at[req.Key] == nil {
+					at[req.Key] = map[int]int{}
+				}
+				at[req.Key][b.Index]++
+				return &kvpb.Response{Id: req.Id}, nil
+			},
+		})
+		cc := f.Dial(grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"bobtail_rendezvous":{}}]}`))
+		cc.Connect()
+		time.Sleep(time.Second) // every backend is ready
+		var a Attempts
+		c := &Caller{Client: kvpb.NewKVClient(cc), Fanout: 10, Attempts: &a,
+			Key: func(id uint64) string { return string(rune('a' + id%5)) }}
+		for id := range uint64(20) {
+			if err := c.Send(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(at) != 5 {
+			t.Errorf("calls %v, want those of 5 keys", at)
+		}
+		home := 0
+		for _, backends := range at {
+			most := 0
+			for _, n := range backends {
+				most = max(most, n)
+			}
+			home += most
+		}
+		// Of ten calls at once two have each key: not all have room at its backend.
+		if home < 120 {
+			t.Errorf("calls %v: %d of 200 at their key's backend, want most", at, home)
+		}
+	})
+}

@@ -13,8 +13,8 @@ import (
 
 func TestNamed(t *testing.T) {
 	names := Names()
-	if names[0] != Default || len(names) != 8 {
-		t.Errorf("scenarios %v, want eight, %s first", names, Default)
+	if names[0] != Default || len(names) != 13 {
+		t.Errorf("scenarios %v, want 13, %s first", names, Default)
 	}
 	for _, name := range names {
 		s, err := Named(name)
@@ -91,9 +91,9 @@ func TestDecodeFaultsOfFaults(t *testing.T) {
 	for _, c := range []struct{ doc, want string }{
 		{`"faults":{}`, `$.faults: an object, want an array`},
 		{`"faults":["error"]`, `$.faults[0]: a string, want an object`},
-		{`"faults":[{}]`, `$.faults[0].kind: "", want "error", "blackhole" or "stall"`},
-		{`"faults":[{"kind":"fire"}]`, `$.faults[0].kind: "fire", want "error", "blackhole" or "stall"`},
-		{`"faults":[{"kind":"error","form":"1s"}]`, `$.faults[0].form: unknown key, want one of kind, from, for, every, backends, code, probability`},
+		{`"faults":[{}]`, `$.faults[0].kind: "", want "error", "blackhole", "stall", "slow" or "down"`},
+		{`"faults":[{"kind":"fire"}]`, `$.faults[0].kind: "fire", want "error", "blackhole", "stall", "slow" or "down"`},
+		{`"faults":[{"kind":"error","form":"1s"}]`, `$.faults[0].form: unknown key, want one of kind, from, for, every, backends, code, probability, factor, add`},
 		{`"faults":[{"kind":"error","from":"-1s"}]`, `$.faults[0].from: "-1s", want a duration from 0s to 1h0m0s`},
 		{`"faults":[{"kind":"error","for":"0s"}]`, `$.faults[0].for: "0s", want a duration from 1ms to 1h0m0s`},
 		{`"faults":[{"kind":"error","for":"1s","every":"1ms"}]`, "$.faults[0].every: \"1ms\", want a duration from 10ms to 1h0m0s\n$.faults[0].every: 10ms, want at least from + for, 1s"},
@@ -104,13 +104,20 @@ func TestDecodeFaultsOfFaults(t *testing.T) {
 		{`"faults":[{"kind":"error","code":"unavailable"}]`, `$.faults[0].code: "unavailable", want the name of a failure, such as "UNAVAILABLE"`},
 		{`"faults":[{"kind":"error","probability":0}]`, `$.faults[0].probability: 0, want 1e-06 to 1`},
 		{`"faults":[{"kind":"error","probability":1.1}]`, `$.faults[0].probability: 1.1, want 1e-06 to 1`},
-		{`"faults":[{"kind":"blackhole","code":"INTERNAL","probability":1}]`, "$.faults[0].code: no key of a blackhole, only of an error\n$.faults[0].probability: no key of a blackhole, only of an error"},
+		{`"faults":[{"kind":"blackhole","code":"INTERNAL","probability":1}]`, "$.faults[0].code: no key of kind \"blackhole\", only of \"error\"\n$.faults[0].probability: no key of kind \"blackhole\", only of \"error\""},
+		{`"faults":[{"kind":"error","factor":2,"add":"1s"}]`, "$.faults[0].factor: no key of kind \"error\", only of \"slow\"\n$.faults[0].add: no key of kind \"error\", only of \"slow\""},
+		{`"faults":[{"kind":"slow"}]`, `$.faults[0]: a slow fault that takes no longer, want factor or add`},
+		{`"faults":[{"kind":"slow","factor":1001,"add":"-1s"}]`, "$.faults[0].factor: 1001, want 0 to 1000\n$.faults[0].add: \"-1s\", want a duration from 0s to 1h0m0s"},
+		{`"faults":[{"kind":"down"}]`, `$.faults[0].for: missing: what never comes back is no backend`},
 		{`"faults":[{"kind":"stall"}]`, `$.faults[0].for: missing: what never serves is a blackhole`},
 		{`"faults":[{"kind":"stall","for":"8s","every":"10s","backends":[1]}]`, `$.faults: backend 1 stands still for up to 80% of its time, want at most 75%`},
 		// Each leaves time to work, all together need not.
 		{`"faults":[{"kind":"stall","for":"5s","every":"10s"},{"kind":"stall","from":"5s","for":"5s","every":"10s"}]`, `$.faults: backend 0 stands still for up to 100% of its time, want at most 75%`},
 		{`"stalls":{"meanInterval":"1s","min":"0s","max":"500ms"},"faults":[{"kind":"stall","for":"3s","every":"10s"}]`, `$.faults: backend 0 stands still for up to 80% of its time, want at most 75%`},
 
+		{`"keys":[]`, `$.keys: an array, want an object`},
+		{`"keys":{"count":0,"exponent":-1,"hot":2}`, "$.keys.count: 0, want 1 to 1e+09\n$.keys.exponent: -1, want 0 to 10\n$.keys.hot: 2, want 0 to 1"},
+		{`"keys":{"cuont":9}`, "$.keys.cuont: unknown key, want one of count, exponent, hot\n$.keys.count: missing"},
 		{`"sideBySide":"yes"`, `$.sideBySide: a string, want true or false`},
 		{`"sideBySide":true,"workers":0`, `$.workers: 0, want 1 to 1000`},
 		{`"sideBySide":true,"workers":1.5`, `$.workers: 1.5, want a whole number`},
@@ -137,7 +144,11 @@ func TestDecodeFault(t *testing.T) {
 		{"kind":"error"},
 		{"kind":"error","from":"1s","for":"2s","every":"3s","backends":[1],"code":"RESOURCE_EXHAUSTED","probability":0.5},
 		{"kind":"blackhole","from":"0s"},
-		{"kind":"stall","for":"1s"}]}`))
+		{"kind":"stall","for":"1s"},
+		{"kind":"slow","add":"100ms"},
+		{"kind":"slow","factor":0.5},
+		{"kind":"down","for":"1s"}],
+		"keys":{"count":9}}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,11 +157,14 @@ func TestDecodeFault(t *testing.T) {
 		{Kind: Error, From: at(sec), For: at(2 * sec), Every: at(3 * sec), Backends: []int{1}, Code: Code(codes.ResourceExhausted), Probability: 0.5},
 		{Kind: Blackhole},
 		{Kind: Stall, For: at(sec)},
+		{Kind: Slowed, Factor: 1, Add: at(sec / 10)},
+		{Kind: Slowed, Factor: 0.5},
+		{Kind: Down, For: at(sec)},
 	}
 	if diff := cmp.Diff(want, sc.Faults); diff != "" {
 		t.Errorf("faults (-want +got):\n%s", diff)
 	}
-	if !sc.SideBySide || sc.Workers != 3 || !sc.ServeAbandoned || sc.ServerTimeout != at(sec) {
+	if !sc.SideBySide || sc.Workers != 3 || !sc.ServeAbandoned || sc.ServerTimeout != at(sec) || *sc.Keys != (Keys{Count: 9, Exponent: 1}) {
 		t.Errorf("%+v", sc)
 	}
 }
@@ -178,6 +192,8 @@ func FuzzDecode(f *testing.F) {
 			t.Errorf("service time %v", d)
 		}
 		s.Fault(1, 2, 3, s.Backends-1, 4)
+		s.Key(1, 2)
+		s.Down(s.Backends-1, 4)
 		for _, w := range s.FaultSpans(time.Minute) {
 			if w.From < 0 || w.To <= w.From {
 				t.Errorf("a fault in %v", w)

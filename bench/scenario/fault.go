@@ -21,7 +21,8 @@ type Fault struct {
 	Kind FaultKind `json:"kind"`
 	// From is when it begins, up to 1h, default 0.
 	From Duration `json:"from,omitempty"`
-	// For is how long it lasts, 1ms to 1h. Absent: to the end. A stall needs it.
+	// For is how long it lasts, 1ms to 1h. Absent: to the end. A stall and a down need
+	// it.
 	For Duration `json:"for,omitempty"`
 	// Every is the period in which it comes back, at least From + For, 10ms to 1h.
 	// Absent: it comes once.
@@ -35,6 +36,13 @@ type Fault struct {
 	// Probability is the share of attempts that an error hits, 0.000001 to 1,
 	// default 1. For errors only.
 	Probability float64 `json:"probability,omitempty"`
+
+	// Factor is how many times as long work takes that begins while a slow fault is in
+	// force, 0 to 1,000, default 1. For a slow fault only.
+	Factor float64 `json:"factor,omitempty"`
+	// Add is how much longer it takes on top of that, up to 1h, default 0. For a slow
+	// fault only, which has at least one of the two.
+	Add Duration `json:"add,omitempty"`
 }
 
 // FaultKind says what a fault does.
@@ -48,6 +56,11 @@ const (
 	Blackhole FaultKind = "blackhole"
 	// Stall serves nothing: work and queue wait until it ends.
 	Stall FaultKind = "stall"
+	// Slowed serves, but takes longer over it.
+	Slowed FaultKind = "slow"
+	// Down is no server at all: its connections are cut and new ones are refused until
+	// it ends. What it was working on is lost.
+	Down FaultKind = "down"
 )
 
 // Code is a gRPC status code, written by its name: "UNAVAILABLE".
@@ -72,10 +85,7 @@ var always = Span{math.MinInt64, math.MaxInt64}
 func (s *Scenario) Fault(seed, id uint64, attempt, backend int, at time.Duration) *Fault {
 	for i := range s.Faults {
 		f := &s.Faults[i]
-		if f.Kind == Stall || !on(f.Backends, backend) {
-			continue
-		}
-		if w, ok := f.window(at); !ok || !w.Contains(at) {
+		if f.Kind != Error && f.Kind != Blackhole || !f.holds(backend, at) {
 			continue
 		}
 		if f.Kind == Error && (draw{seed, id, uint64(attempt)}).uniform(faulty+uint64(i)) >= f.Probability {
@@ -84,6 +94,31 @@ func (s *Scenario) Fault(seed, id uint64, attempt, backend int, at time.Duration
 		return f
 	}
 	return nil
+}
+
+// holds says whether the fault is in force at a backend at the moment at.
+func (f *Fault) holds(backend int, at time.Duration) bool {
+	if !on(f.Backends, backend) {
+		return false
+	}
+	w, ok := f.window(at)
+	return ok && w.Contains(at)
+}
+
+// Down returns, of the stretches in which a backend is no server at all and that end
+// after the moment at, the one that begins first; ok is false if there is none. The
+// next may begin before its end.
+func (s *Scenario) Down(backend int, at time.Duration) (w Span, ok bool) {
+	for i := range s.Faults {
+		f := &s.Faults[i]
+		if f.Kind != Down || !on(f.Backends, backend) {
+			continue
+		}
+		if next, more := f.window(at); more && (!ok || next.From < w.From) {
+			w, ok = next, true
+		}
+	}
+	return w, ok
 }
 
 // window returns the first stretch in which the fault is in force and that ends

@@ -189,3 +189,71 @@ func TestFaultSpans(t *testing.T) {
 		}
 	}
 }
+
+// Work takes longer if it begins while the backend is slow, whatever came before, and two
+// faults at once multiply.
+func TestSlowed(t *testing.T) {
+	const ms = time.Millisecond
+	sc := &Scenario{
+		ServiceTime: []Component{{Weight: 1, Constant: &Constant{at(10 * ms)}}},
+		Slow:        []Slow{{Backend: 1, Factor: 2}},
+		Faults: []Fault{
+			{Kind: Slowed, From: at(sec), For: at(sec), Factor: 2, Add: at(100 * ms), Backends: []int{0, 1}},
+			{Kind: Slowed, From: at(sec + sec/2), Factor: 3},
+			{Kind: Stall, From: at(5 * sec), For: at(sec)},
+		},
+	}
+	for _, c := range []struct {
+		backend  int
+		at, want time.Duration
+	}{
+		{0, -sec, 10 * ms},
+		{0, sec - 1, 10 * ms},
+		{0, sec, 120 * ms},
+		{1, sec, 140 * ms},
+		{2, sec, 10 * ms},
+		{0, sec + sec/2, 360 * ms},
+		{2, sec + sec/2, 30 * ms},
+		{0, 2 * sec, 30 * ms},
+		{0, 5 * sec, sec + 30*ms},
+	} {
+		if got := sc.Service(1, 2, 0, c.backend, c.at); got != c.want {
+			t.Errorf("backend %d at %v: %v, want %v", c.backend, c.at, got, c.want)
+		}
+	}
+	if f := sc.Fault(1, 2, 0, 0, sec); f != nil {
+		t.Errorf("%+v: a slow backend answers all the same", *f)
+	}
+}
+
+// Going from one stretch to the next finds every moment that a backend is down, and no
+// other: against a model that steps through time.
+func TestDown(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		const ms, end = time.Millisecond, 200
+		draw := func(name string, lo, hi int) time.Duration {
+			return time.Duration(rapid.IntRange(lo, hi).Draw(t, name)) * ms
+		}
+		sc := &Scenario{Faults: []Fault{
+			{Kind: Down, From: at(draw("from", 0, 50)), For: at(draw("for", 1, 50)), Backends: []int{1}},
+			{Kind: Down, From: at(draw("from 2", 0, 20)), For: at(draw("for 2", 1, 20)), Every: at(draw("every", 40, 60))},
+			{Kind: Down, For: at(sec), Backends: []int{0}},
+			{Kind: Blackhole},
+		}}
+		var down [end]bool
+		for w, ok := sc.Down(1, 0); ok && w.From < end*ms; w, ok = sc.Down(1, w.To) {
+			for i := max(w.From, 0) / ms; i < min(w.To/ms, end); i++ {
+				down[i] = true
+			}
+		}
+		for i := range down {
+			now := time.Duration(i) * ms
+			if want := sc.Faults[0].holds(1, now) || sc.Faults[1].holds(1, now); down[i] != want {
+				t.Errorf("down %v at %v, want %v", down[i], now, want)
+			}
+		}
+		if _, ok := (&Scenario{Faults: sc.Faults[:1]}).Down(2, 0); ok {
+			t.Error("a backend without the fault is down")
+		}
+	})
+}

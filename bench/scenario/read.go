@@ -17,6 +17,8 @@ const (
 	maxRequests = 1e8
 	maxFleet    = 1000
 	maxWorkers  = 1000
+	maxKeys     = 1e9
+	maxExponent = 10
 	// maxStill is the share of its time that a backend may stand still for ever:
 	// beyond it, work might never be done.
 	maxStill = 0.75
@@ -25,7 +27,7 @@ const (
 func (r *reader) scenario(c cursor) *Scenario {
 	if !c.object("name", "description", "backends", "fanout", "rate", "arrivals", "requests", "timeout",
 		"policies", "sideBySide", "serviceTime", "stragglers", "slow", "stalls",
-		"workers", "serveAbandoned", "serverTimeout", "faults") {
+		"workers", "serveAbandoned", "serverTimeout", "keys", "faults") {
 		return nil
 	}
 	s := &Scenario{
@@ -74,6 +76,13 @@ func (r *reader) scenario(c cursor) *Scenario {
 	if k, ok := c.key("stalls"); ok && k.object("meanInterval", "min", "max", "backends") {
 		s.Stalls = r.stalls(k, s.Backends)
 	}
+	if k, ok := c.key("keys"); ok && k.object("count", "exponent", "hot") {
+		s.Keys = &Keys{
+			Count:    k.whole("count", 1, maxKeys, need),
+			Exponent: k.number("exponent", 0, maxExponent, 1),
+			Hot:      k.number("hot", 0, 1, 0),
+		}
+	}
 	s.SideBySide = c.boolean("sideBySide")
 	r.queue(c, s)
 	for _, k := range c.items("faults") {
@@ -104,7 +113,7 @@ func (r *reader) queue(c cursor, s *Scenario) {
 }
 
 func (r *reader) faultOf(c cursor, backends int) (f Fault) {
-	if !c.object("kind", "from", "for", "every", "backends", "code", "probability") {
+	if !c.object("kind", "from", "for", "every", "backends", "code", "probability", "factor", "add") {
 		return f
 	}
 	f.Kind = FaultKind(c.text("kind"))
@@ -116,14 +125,24 @@ func (r *reader) faultOf(c cursor, backends int) (f Fault) {
 	case Error:
 		f.Code = c.code("code", Code(codes.Unavailable))
 		f.Probability = c.number("probability", 1e-6, 1, 1)
-	case Blackhole, Stall:
-		for _, key := range []string{"code", "probability"} {
-			if k, ok := c.key(key); ok {
-				r.fault(k.path, "no key of a %s, only of an error", f.Kind)
-			}
+	case Slowed:
+		f.Factor = c.number("factor", 0, maxFactor, 1)
+		f.Add = c.duration("add", 0, maxDuration, 0)
+		if f.Factor == 1 && f.Add == 0 {
+			r.fault(c.path, "a slow fault that takes no longer, want factor or add")
 		}
+	case Blackhole, Stall, Down:
 	default:
-		r.fault(c.path+".kind", "%q, want \"error\", \"blackhole\" or \"stall\"", f.Kind)
+		r.fault(c.path+".kind", "%q, want \"error\", \"blackhole\", \"stall\", \"slow\" or \"down\"", f.Kind)
+		return f
+	}
+	for _, own := range []struct {
+		key  string
+		kind FaultKind
+	}{{"code", Error}, {"probability", Error}, {"factor", Slowed}, {"add", Slowed}} {
+		if k, ok := c.key(own.key); ok && f.Kind != own.kind {
+			r.fault(k.path, "no key of kind %q, only of %q", f.Kind, own.kind)
+		}
 	}
 	switch {
 	case f.Every > 0 && f.For == 0:
@@ -132,6 +151,8 @@ func (r *reader) faultOf(c cursor, backends int) (f Fault) {
 		r.fault(c.path+".every", "%v, want at least from + for, %v", f.Every, f.From+f.For)
 	case f.Kind == Stall && f.For == 0:
 		r.fault(c.path+".for", "missing: what never serves is a blackhole")
+	case f.Kind == Down && f.For == 0:
+		r.fault(c.path+".for", "missing: what never comes back is no backend")
 	}
 	return f
 }

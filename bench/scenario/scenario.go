@@ -64,6 +64,8 @@ type Scenario struct {
 	// that has no answer by then is answered UNAVAILABLE, while its work goes on.
 	// With Workers it wants ServeAbandoned. Absent: none.
 	ServerTimeout Duration `json:"serverTimeout,omitempty"`
+	// Keys give each leaf call a key. Absent: none has one.
+	Keys *Keys `json:"keys,omitempty"`
 	// Faults are what goes wrong at known moments.
 	Faults []Fault `json:"faults,omitempty"`
 }

@@ -13,11 +13,12 @@ import (
 // a policy picks, it faces the same luck. The backend contributes only its
 // factor and its stalls. Pure and safe for concurrent use.
 func (s *Scenario) Service(seed, id uint64, attempt, backend int, at time.Duration) time.Duration {
-	return s.Finish(seed, backend, at, s.Work(seed, id, attempt, backend)) - at
+	return s.Finish(seed, backend, at, s.Work(seed, id, attempt, backend, at)) - at
 }
 
-// Work is how long an attempt takes at a backend that does not stand still.
-func (s *Scenario) Work(seed, id uint64, attempt, backend int) time.Duration {
+// Work is how long an attempt takes that is begun at the moment at, at a backend that
+// does not stand still.
+func (s *Scenario) Work(seed, id uint64, attempt, backend int, at time.Duration) time.Duration {
 	d := draw{seed, id, uint64(attempt)}
 	t := s.mixture(d)
 	if st := s.Stragglers; st != nil && d.uniform(straggler) < st.Probability {
@@ -26,6 +27,11 @@ func (s *Scenario) Work(seed, id uint64, attempt, backend int) time.Duration {
 	for _, slow := range s.Slow {
 		if slow.Backend == backend {
 			t *= slow.Factor
+		}
+	}
+	for i := range s.Faults {
+		if f := &s.Faults[i]; f.Kind == Slowed && f.holds(backend, at) {
+			t = t*f.Factor + float64(f.Add)
 		}
 	}
 	// A lognormal of a large sigma has no end; a Duration has. No request waits longer.
@@ -126,6 +132,12 @@ const (
 	stallStart
 	stallLength
 	faulty // the first of as many as there are faults: keep it last
+)
+
+// Streams of keys, far above those of faults.
+const (
+	keyHot uint64 = 1<<32 + iota
+	keyRank
 )
 
 // draw names one source of random numbers: a call's attempt, or a backend's stall.
