@@ -14,6 +14,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
 	"github.com/bobtail-rpc/bobtail/internal/rpc"
+	"github.com/bobtail-rpc/bobtail/loadbalance"
 )
 
 // The order of a call is fixed here and nowhere else, in one interceptor for each
@@ -30,6 +31,7 @@ import (
 func (c *Client) unary(ctx context.Context, name string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	m := c.method(cc, name).overridden(ctx, opts)
+	ctx = c.listening(ctx)
 	if m.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, m.timeout)
@@ -48,6 +50,14 @@ func (c *Client) unary(ctx context.Context, name string, req, reply any, cc *grp
 	defer func() { p.leave(err) }()
 	err = m.invoke(ctx, name, req, reply, cc, invoker, opts...)
 	return err
+}
+
+// listening makes a call take the events of its balancer, if anybody wants them.
+func (c *Client) listening(ctx context.Context) context.Context {
+	if c.options.balancerEvents == nil {
+		return ctx
+	}
+	return loadbalance.WithEventHandler(ctx, c.options.balancerEvents)
 }
 
 // errAbandoned is the end of a call that panicked: a refusal, so that it counts for
@@ -73,6 +83,7 @@ func (m *method) invoke(ctx context.Context, name string, req, reply any, cc *gr
 func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string,
 	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	m := c.method(cc, name).overridden(ctx, opts)
+	ctx = c.listening(ctx)
 	if m.timeout == 0 && m.guard == nil {
 		return m.open(ctx, desc, cc, name, streamer, opts...)
 	}

@@ -190,6 +190,8 @@ var linked = []string{
 	"go.opentelemetry.io/otel/trace",
 	// What grpc needs.
 	"golang.org/x/net", "golang.org/x/sys", "golang.org/x/text",
+	// What grpc's package orca needs: load reports.
+	"github.com/cncf/xds/go", "github.com/envoyproxy/protoc-gen-validate",
 	// What the OpenTelemetry API needs.
 	"go.opentelemetry.io/auto/sdk", "github.com/go-logr/logr", "github.com/go-logr/stdr", "github.com/cespare/xxhash/v2",
 }

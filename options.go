@@ -6,6 +6,7 @@ import (
 	"log/slog"
 
 	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/loadbalance"
 	"github.com/bobtail-rpc/bobtail/retry"
 )
 
@@ -17,6 +18,7 @@ type options struct {
 	hedgeReports   func(context.Context, hedging.Report)
 	retryReports   func(context.Context, retry.Report)
 	refusalReports func(context.Context, Refusal)
+	balancerEvents func(loadbalance.Event)
 }
 
 func newOptions(opts []Option) options {
@@ -62,4 +64,13 @@ func WithRetryReports(f func(context.Context, retry.Report)) Option {
 // must not keep the context.
 func WithRefusalReports(f func(context.Context, Refusal)) Option {
 	return func(o *options) { o.refusalReports = f }
+}
+
+// WithBalancerEvents tells f when a balancer of package loadbalance ejects a backend,
+// readmits one, or has so few left that the ejected ones take part again; each once, at the
+// end of an attempt of some call of its connection. f must be quick, safe for concurrent use,
+// and must not block. Without it these events are in gRPC's own log only. It costs each call an
+// allocation.
+func WithBalancerEvents(f func(loadbalance.Event)) Option {
+	return func(o *options) { o.balancerEvents = f }
 }

@@ -331,7 +331,7 @@ func (b *shards) arrange(p *picker, now time.Duration) *rotation {
 	}
 	// A few that are left must not carry the load of all: if so many seem bad, it is
 	// not they.
-	panicking := in < len(p.ready) && float64(in) < b.policy.ejection.panicThreshold/100*float64(p.named)
+	panicking := in < len(p.ready) && float64(in)*100 < b.policy.ejection.panicThreshold*float64(p.named)
 	if panicking != b.panicking {
 		b.panicking = panicking
 		kind := PanicEnded
@@ -358,7 +358,9 @@ func (b *shards) arrange(p *picker, now time.Duration) *rotation {
 	if len(near) == 0 {
 		near, far = far, nil
 	}
-	t.add(near, b.policy.choose)
+	if len(near) > 0 { // or all are ejected, and no panic is wanted
+		t.add(near, b.policy.choose)
+	}
 	if len(far) > 0 {
 		t.spill = b.zones.share(float64(len(near)) / float64(b.locals()))
 		t.add(far, b.policy.choose)
@@ -463,7 +465,7 @@ func (t *rotation) find(r *request, v attempt.View) *member {
 	b := bars{view: v}
 	if b.none() {
 		if t.bench != nil && !r.streaming {
-			if m := t.probe(); m != nil {
+			if m := t.probe(r.now); m != nil {
 				return m
 			}
 		}
@@ -495,18 +497,18 @@ func (t *rotation) find(r *request, v attempt.View) *member {
 	return nil
 }
 
-// probe returns the ejected endpoint that this pick is to try, nil as a rule. None has
-// more than one attempt in flight by it, so that a slow one gets few.
-func (t *rotation) probe() *member {
+// probe returns the ejected endpoint that this pick is to try, nil as a rule.
+func (t *rotation) probe(now time.Duration) *member {
 	n := t.picks.Add(1)
 	if n%t.every != 0 {
 		return nil
 	}
-	m := &t.bench[n/t.every%uint64(len(t.bench))]
-	if unary, _ := m.inFlight(); unary > 0 {
-		return nil
+	for i := range t.bench {
+		if m := &t.bench[(n/t.every+uint64(i))%uint64(len(t.bench))]; m.probing(now) {
+			return m
+		}
 	}
-	return m
+	return nil
 }
 
 // roomy returns the endpoint with the fewest attempts in flight of those that have room
@@ -552,6 +554,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		return result, err
 	}
 	w.e, w.done = m.endpoint, result.Done
+	w.unmeasured = t.ended == nil && m.unmeasured(w.now, w.bits)
 	result.Done = w.finish
 	return result, nil
 }
@@ -613,6 +616,8 @@ type watched struct {
 	e      *endpoint
 	t      *rotation
 	done   func(balancer.DoneInfo)
+	// unmeasured attempts are counted and nothing more.
+	unmeasured bool
 }
 
 var watches sync.Pool
@@ -638,15 +643,25 @@ func (w *watched) end(info balancer.DoneInfo) {
 	if b == nil {
 		return // called twice
 	}
-	sent, streaming := w.now, w.streaming
+	sent, streaming, unmeasured := w.now, w.streaming, w.unmeasured
 	w.recycle()
 
 	e.release(streaming)
+	if unmeasured {
+		if done != nil {
+			done(info)
+		}
+		return
+	}
 	v, ok := judge(ctx, info, streaming)
 	if ok || t.ended != nil && info.ServerLoad != nil {
 		now := b.now()
 		if ok {
-			e.record(now, now-sent, t.tau, v)
+			took := now - sent
+			if streaming {
+				took = 0 // a stream's length is no latency when it fails either
+			}
+			e.record(now, took, t.tau, v)
 		}
 		if t.ended != nil {
 			t.ended(e, now, v, info.ServerLoad)

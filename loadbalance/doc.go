@@ -5,15 +5,18 @@
 //
 //	grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"bobtail_p2c": {}}]}`)
 //
-// bobtail_p2c is for servers that are all alike to a call; bobtail_rendezvous for
-// servers that remember: caches, sessions, shards.
+// bobtail_p2c is for servers that are all alike to a call; bobtail_prequal for those
+// whose load many clients make, and that tell it; bobtail_rendezvous for servers that
+// remember: caches, sessions, shards. What they have in common, ejection, slow start,
+// weights, subsets and zones, is below.
 //
 // # bobtail_p2c
 //
 // It sends each attempt to the better of two endpoints drawn at
 // random: the one with the lower product of expected latency and attempts in
-// flight. It measures latency itself and needs nothing from the servers. Its
-// one key is
+// flight; and draws on, up to eight times, while even the better one is busy with this
+// client's own attempts. It measures latency itself and needs nothing from the servers. Its
+// own key is
 //
 //   - "decayTime", in (0s, 3600s], because an endpoint changes over minutes while
 //     its stragglers come within seconds; the default is "10s". An endpoint that
@@ -33,8 +36,7 @@
 //	{"loadBalancingConfig": [{"bobtail_rendezvous": {"header": "x-user-id"}}]}
 //
 // A call that has neither goes where bobtail_p2c would send it. An endpoint's share of the keys is
-// proportional to its weight, from grpc's package experimental/balancer/weight (as
-// xDS sets it); 0, and none, is 1. The configuration's keys are
+// proportional to its weight. The configuration's own keys are
 //
 //   - "header", the name of an outgoing header of text, in lower case; there is none by
 //     default. The key of the context wins. Of several values the key is
@@ -63,11 +65,40 @@
 // their call has not tried. The ranking passes over all endpoints: with
 // 1,000 of them a pick takes 3 to 5 us, with 100 less than one.
 //
+// # What all have in common
+//
+// Weights are those of grpc's package experimental/balancer/weight, which xDS sets too; 0,
+// and none, is 1. Each balancer takes these keys:
+//
+//   - "ejection", an object: when an endpoint leaves the rotation. By default it does when its
+//     latency exceeds 5 ms, three times the median of its peers, and what their spread explains;
+//     or when it fails a fifth of its calls and three times as many as its peers. At most 34%
+//     of the endpoints are out at once, and none while fewer than half would be left. An
+//     ejected endpoint gets at most one call in 100, and one in 2 s, as probes; it comes back after
+//     10 s at the earliest (20 s the second time, and so on up to 100 s), when three probes in
+//     a row were good. Keys: "latencyFactor" 3, "latencyFloor" "0.005s", "failureRatio" 0.2,
+//     "minimumCalls" 20, "baseEjectionTime" "10s", "maxEjectionPercent" 34 (0 ejects nobody),
+//     "panicThreshold" 50, "probeEvery" 100. See [WithEventHandler] for who is told. What the caller gave
+//     up counts as neither slow nor failed.
+//   - "slowStart", an object: "window" "10s", in which the weight of an endpoint rises to its
+//     own from a tenth of it, if it comes to others that serve already, or back to them from
+//     an ejection or a broken connection; "aggression" 1 bends the ramp.
+//   - "maxInFlight", by default none: how many attempts of this client may be in flight at
+//     one endpoint. If there is no room anywhere the call fails with RESOURCE_EXHAUSTED and
+//     the reason BULKHEAD_FULL.
+//   - "subset", an object: "size", how many of the endpoints this client uses at least; with
+//     "clientIndex" of "clientCount" clients they load the endpoints evenly, without them each
+//     draws a random subset.
+//   - "zone", an object: "local", the caller's zone. Its endpoints are preferred until too
+//     few are healthy (below 72%), or they take "overload" 2 times their usual latency and
+//     others are faster. Resolvers tell zones by [SetZone]. xDS's localities do not arrive here: there,
+//     grpc's own priority and wrr_locality policies choose among them.
+//
 // # Attempts of one call
 //
 // Opened by package hedging or retry, an attempt never goes to an endpoint where
 // another of the same call is in flight. It goes to one that none has tried, if
-// one is ready; else to one whose attempt has ended; else nowhere: it ends at
+// one is ready, ejected or not; else to one whose attempt has ended; else nowhere: it ends at
 // once, wait-for-ready or not, with UNAVAILABLE and the reason NOT_SENT, and is
 // marked as never sent.
 //
@@ -80,7 +111,8 @@
 // RESOURCE_EXHAUSTED) raises the estimate as if the time had been spent in vain. A stream
 // counts while it is open; its length says nothing, its failure counts. A unary
 // call that waits long for its answer by design (a long poll) should have a
-// connection of its own, or it will make its endpoint look slow.
+// connection of its own, or it will make its endpoint look slow. Of an endpoint where more
+// than 4,000 attempts a second end, one in four is measured.
 //
 // # What outlives what
 //

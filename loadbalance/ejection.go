@@ -30,7 +30,8 @@ var logger = grpclog.Component("bobtail")
 
 // ejection is when an endpoint leaves the rotation and how it comes back.
 //
-// It is judged beside its peers: one that is as bad as all of them stays. Latency
+// It is judged beside its peers: one that is as bad as all of them stays. By latency
+// these are the endpoints of its zone. Latency
 // (Dean & Barroso, "The Tail at Scale", CACM 56(2), 2013, "latency-induced
 // probation", https://cacm.acm.org/research/the-tail-at-scale/) is too high if it
 // exceeds
@@ -40,8 +41,11 @@ var logger = grpclog.Component("bobtail")
 // in two sweeps in a row. The median and the median absolute deviation are those of the
 // endpoints in rotation that have had minimumCalls: unlike mean and standard deviation,
 // they do not move with the outlier itself (1.4826 MAD is the standard deviation of a
-// normal distribution). Failures are too many if their share exceeds failureRatio and
-// three times the median of the peers. Attempts that the caller gave up count as neither.
+// normal distribution). Failures are too many if their share reaches failureRatio and
+// exceeds three times the median of the peers. Attempts that the caller gave up count as
+// neither.
+//
+// Two endpoints tell nothing by latency, as each is the other's deviation.
 type ejection struct {
 	// latencyFactor, (1, 1000]. Default 3.
 	latencyFactor float64
@@ -62,7 +66,8 @@ type ejection struct {
 	// ready and in rotation, the ejected ones take part again. Default 50.
 	panicThreshold float64
 	// probeEvery, [2, 1e9]: at most one of so many calls goes to an ejected endpoint, to
-	// see whether it has recovered. Default 100.
+	// see whether it has recovered; and at most one in a fifth of baseTime, which doubles
+	// with each that fails, up to baseTime. Default 100.
 	probeEvery int64
 }
 
@@ -71,6 +76,7 @@ type sample struct {
 	calls    float64
 	latency  float64 // in nanoseconds
 	failures float64 // as a share of calls
+	far      bool    // not of the caller's zone
 }
 
 // Reason says why an [Event] happened.
@@ -133,6 +139,9 @@ func median(sorted []float64) float64 {
 // peers returns the median of the others, for each of some numbers, and the deviation
 // that is normal among all.
 func peers(xs []float64) (medianOf func(i int) float64, deviation float64) {
+	if len(xs) == 0 {
+		return nil, 0
+	}
 	sorted := slices.Clone(xs)
 	slices.Sort(sorted)
 	m := median(sorted)
@@ -156,31 +165,44 @@ func peers(xs []float64) (medianOf func(i int) float64, deviation float64) {
 func (c *ejection) judge(all []sample) []Event {
 	out := make([]Event, len(all))
 	var who []int
-	var latencies, failures []float64
-	for i, s := range all {
-		if s.calls >= float64(c.minimumCalls) {
-			who = append(who, i)
-			latencies = append(latencies, s.latency)
-			failures = append(failures, s.failures)
+	var failures []float64
+	// By zone: to be farther away is no fault.
+	var latencies [2][]float64
+	for z, far := range [...]bool{false, true} {
+		for i, s := range all {
+			if s.far == far && s.calls >= float64(c.minimumCalls) {
+				who = append(who, i)
+				failures = append(failures, s.failures)
+				latencies[z] = append(latencies[z], s.latency)
+			}
 		}
 	}
 	if len(who) < 2 {
 		return out // there are no peers
 	}
-	typical, deviation := peers(latencies)
 	usual, _ := peers(failures)
+	var typicals [2]func(int) float64
+	var deviations [2]float64
+	for z := range latencies {
+		typicals[z], deviations[z] = peers(latencies[z])
+	}
 	for k, i := range who {
 		s := all[i]
+		z, at := 0, k
+		if s.far {
+			z, at = 1, k-len(latencies[0])
+		}
+		typical := typicals[z](at)
 		e := Event{Latency: time.Duration(s.latency), FailureRatio: s.failures}
 		switch {
 		case s.failures >= c.failureRatio && s.failures > 3*usual(k):
 			e.Reason = ReasonFailures
-		case s.latency > float64(c.latencyFloor) && s.latency > c.latencyFactor*typical(k) && s.latency > typical(k)+5*deviation:
+		case s.latency > float64(c.latencyFloor) && s.latency > c.latencyFactor*typical && s.latency > typical+5*deviations[z]:
 			e.Reason = ReasonLatency
 		default:
 			continue
 		}
-		e.PeerLatency, e.PeerFailureRatio = time.Duration(typical(k)), usual(k)
+		e.PeerLatency, e.PeerFailureRatio = time.Duration(typical), usual(k)
 		out[i] = e
 	}
 	return out
@@ -195,7 +217,7 @@ func (c *ejection) limit(e Event) time.Duration {
 }
 
 // allowed is how many of n endpoints may be out.
-func (c *ejection) allowed(n int) int { return int(c.maxEjectionPercent / 100 * float64(n)) }
+func (c *ejection) allowed(n int) int { return int(c.maxEjectionPercent * float64(n) / 100) }
 
 // A probation is how an endpoint has stood before the detector.
 type probation struct {
@@ -247,7 +269,9 @@ func (b *shards) judge(p *picker, now time.Duration) (changed bool) {
 	for _, s := range p.ready {
 		if !s.out {
 			in = append(in, s.remembered)
-			samples = append(samples, s.sample())
+			x := s.sample()
+			x.far = s.far
+			samples = append(samples, x)
 			if s.times > 0 && now-s.since > longest*c.baseTime {
 				s.times = 0
 			}
@@ -290,7 +314,7 @@ func (b *shards) judge(p *picker, now time.Duration) (changed bool) {
 		e := in[i]
 		e.out, e.since, e.strikes = true, now, 0
 		e.times++
-		e.try(c.limit(verdicts[i]))
+		e.try(now, c.limit(verdicts[i]), c.baseTime/5, c.baseTime)
 		v := verdicts[i]
 		v.Kind, v.Endpoint = Ejected, e.key
 		b.tell(v)

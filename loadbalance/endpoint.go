@@ -20,6 +20,15 @@ const (
 	// its peers out for 6 decay times.
 	patience = 2
 
+	// Of an endpoint where attempts end more often than 4,000 times a second, one in four
+	// is measured: 50 of them are still no more than 50 ms. It is looked at every 64 of those
+	// that are measured, and ends below 1,000 of these a second.
+	sampled              = 4
+	round                = 64
+	roundFast, roundSlow = 16 * time.Millisecond, 64 * time.Millisecond
+	// stale is how old the newest end may be for an attempt to go unmeasured.
+	stale = 10 * time.Millisecond
+
 	// pending, in nanoseconds, is the cost of an endpoint that has yet to give its
 	// first answer while an attempt is on its way there, or has just failed. It is
 	// above any latency, and finite so that in-flight still tells two of them
@@ -108,12 +117,20 @@ type endpoint struct {
 	cost    atomic.Uint64 // expected latency in nanoseconds, a float64
 	last    atomic.Int64  // when the last attempt ended
 	silence atomic.Int64  // for how long after last the cost holds
+	sparse  atomic.Bool   // only one in sampled attempts is measured
+
+	// When the next probe of an ejected endpoint is due, and how long after that another:
+	// atomics because picks take it.
+	probe, gap atomic.Int64
 
 	mu sync.Mutex // guards what follows, and orders the stores above
 	// weight is the faded number of attempts, exposure and answers as above; failures is
-	// how many failed, and given the exposure of those that the caller gave up.
-	weight, exposure, answers, failures, given float64
-	trial                                      *trial // nil unless the endpoint is ejected
+	// how many failed; left is how many the caller gave up, and given their exposure.
+	weight, exposure, answers, failures, left, given float64
+	trial                                            *trial // nil unless the endpoint is ejected
+	// rounds counts attempts measured, and began is when the last round did.
+	rounds int
+	began  time.Duration
 }
 
 // A trial is how an ejected endpoint does with its probes.
@@ -122,6 +139,8 @@ type trial struct {
 	good  int           // in a row
 	took  time.Duration // by those
 	bad   bool          // any of them, ever
+	// gap is the time from one probe to the next: it doubles with each bad one, up to most.
+	gap, least, most time.Duration
 }
 
 // A crowd is the number of attempts in flight at many endpoints. It stands on a cache
@@ -173,6 +192,12 @@ func (e *endpoint) release(streaming bool) {
 func (e *endpoint) inFlight() (unary, streams int64) {
 	f := e.flights.Load()
 	return f & (oneStream - 1), f >> 32
+}
+
+// unmeasured reports whether an attempt sent now, with some random bits, may end unseen:
+// where there are many, the others tell enough, and it is not known beforehand which.
+func (e *endpoint) unmeasured(now time.Duration, bits uint64) bool {
+	return e.sparse.Load() && bits%sampled != 0 && now-time.Duration(e.last.Load()) < stale
 }
 
 // unknown is the cost of an endpoint of which a stream learns nothing.
@@ -237,6 +262,7 @@ func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
 		e.exposure *= fade
 		e.answers *= fade
 		e.failures *= fade
+		e.left *= fade
 		e.given *= fade
 	}
 
@@ -253,6 +279,7 @@ func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
 			took = max(took, e.exposure/e.weight)
 		}
 	case cut:
+		e.left++
 		e.given += took
 	}
 	e.weight++
@@ -267,6 +294,17 @@ func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
 	}
 	if e.trial != nil {
 		e.trial.note(elapsed, v)
+		e.gap.Store(int64(e.trial.gap))
+	}
+
+	if e.rounds++; e.rounds%round == 0 {
+		switch took := now - e.began; {
+		case took < roundFast:
+			e.sparse.Store(true)
+		case took > roundSlow:
+			e.sparse.Store(false)
+		}
+		e.began = now
 	}
 
 	e.cost.Store(math.Float64bits(cost))
@@ -286,18 +324,35 @@ func (t *trial) note(took time.Duration, v verdict) {
 	case v == answered && took <= t.limit:
 		t.good++
 		t.took += took
+		t.gap = t.least
 	case v == cut && took <= t.limit:
 		// The caller left before there was anything to see.
 	default:
 		t.good, t.took, t.bad = 0, 0, true
+		t.gap = min(2*t.gap, t.most)
 	}
 }
 
 // try begins a trial: probes of at most limit are good ones.
-func (e *endpoint) try(limit time.Duration) {
+// They are least to most apart, and the first is after least.
+func (e *endpoint) try(now, limit, least, most time.Duration) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.trial = &trial{limit: limit}
+	e.trial = &trial{limit: limit, gap: least, least: least, most: most}
+	e.gap.Store(int64(least))
+	e.probe.Store(int64(now + least))
+}
+
+// probing reports whether it is time for a probe, and takes it: it is for the caller then.
+func (e *endpoint) probing(now time.Duration) bool {
+	at := e.probe.Load()
+	if now < time.Duration(at) {
+		return false
+	}
+	if unary, _ := e.inFlight(); unary > 0 {
+		return false // so that a slow one gets few
+	}
+	return e.probe.CompareAndSwap(at, int64(now)+e.gap.Load())
 }
 
 // untried reports whether no probe of the trial was bad.
@@ -327,7 +382,7 @@ func (e *endpoint) acquit() {
 		return
 	}
 	e.weight, e.exposure, e.answers = float64(t.good), float64(t.took), float64(t.good)
-	e.failures, e.given = 0, 0
+	e.failures, e.left, e.given = 0, 0, 0
 	if t.good == 0 {
 		e.known.Store(nothing)
 		return
@@ -339,10 +394,11 @@ func (e *endpoint) acquit() {
 func (e *endpoint) sample() sample {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	calls := e.weight - e.left
 	return sample{
-		calls:    e.weight,
+		calls:    calls,
 		latency:  (e.exposure - e.given) / max(e.answers, 1),
-		failures: e.failures / max(e.weight, 1),
+		failures: e.failures / max(calls, 1),
 	}
 }
 

@@ -152,6 +152,46 @@ func TestEndpointMemory(t *testing.T) {
 	}
 }
 
+// Where attempts end very often one in four is measured, and all are again as soon as they
+// end less often, or have been away.
+func TestSparse(t *testing.T) {
+	var e endpoint
+	now := time.Duration(0)
+	end := func(n int, every time.Duration) {
+		for range n {
+			now += every
+			e.record(now, ms, tau, answered)
+		}
+	}
+	unmeasured := func() (n int) {
+		for bits := range uint64(1000) {
+			if e.unmeasured(now, bits) {
+				n++
+			}
+		}
+		return n
+	}
+	for _, tc := range []struct {
+		n     int
+		every time.Duration
+		want  int
+	}{
+		{1000, 300 * time.Microsecond, 0},   // 3,300 a second
+		{1000, 200 * time.Microsecond, 750}, // 5,000
+		{1000, 800 * time.Microsecond, 750}, // these are one in four
+		{1000, 1100 * time.Microsecond, 0},  // less than 4,000 in all
+	} {
+		end(tc.n, tc.every)
+		if n := unmeasured(); n != tc.want {
+			t.Errorf("after %d every %v: %d of 1000 unmeasured, want %d", tc.n, tc.every, n, tc.want)
+		}
+	}
+	end(1000, 100*time.Microsecond)
+	if now += stale; unmeasured() != 0 {
+		t.Error("unmeasured after a silence")
+	}
+}
+
 func TestDecay(t *testing.T) {
 	for dt := time.Duration(1); dt < 100*tau; dt += dt/10 + 1 {
 		if got, want := decay(dt, tau), math.Exp(-float64(dt)/float64(tau)); math.Abs(got-want) > 2e-10 {
@@ -207,5 +247,30 @@ func TestEndpointConcurrent(t *testing.T) {
 	wg.Wait()
 	if unary, streams := e.inFlight(); unary != 0 || streams != 0 {
 		t.Errorf("%d unary attempts and %d streams in flight at the end", unary, streams)
+	}
+}
+
+// What callers gave up is no evidence for an ejection, not even beside one slow answer;
+// what siblings overtook is.
+func TestSampleOfCancellations(t *testing.T) {
+	var e endpoint
+	e.record(0, 100*ms, tau, answered)
+	for range 24 {
+		e.record(0, 20*ms, tau, cut)
+	}
+	if s := e.sample(); math.Abs(s.calls-1) > 1e-9 || math.Abs(s.latency-100e6) > 1 || s.failures != 0 {
+		t.Errorf("%+v, want one call of 100ms", s)
+	}
+	for range 19 {
+		e.record(0, 20*ms, tau, superseded)
+	}
+	if s := e.sample(); math.Abs(s.calls-20) > 1e-9 || s.latency < 479e6 || s.latency > 481e6 {
+		t.Errorf("%+v, want 20 calls and one answer in 480ms", s)
+	}
+	for range 5 {
+		e.record(0, 0, tau, failed)
+	}
+	if s := e.sample(); math.Abs(s.failures-0.2) > 0.02 {
+		t.Errorf("%+v, want a fifth of the calls to have failed", s)
 	}
 }

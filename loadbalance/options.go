@@ -179,7 +179,7 @@ const leastShare = 0.1
 // share returns the part of its weight that an endpoint has whose slow start began at
 // ramp; -1 for none.
 func (s slowStart) share(ramp, now time.Duration) float64 {
-	age := now - ramp
+	age := max(0, now-ramp) // a sweep may have read the clock before the ramp began
 	if ramp < 0 || age >= s.window {
 		return 1
 	}

@@ -15,9 +15,9 @@ import (
 //
 // With clientIndex and clientCount the subset is deterministic: the endpoints, in an
 // order that all clients agree on, fill a ring in proportion to their weights; client i
-// of n has the stretch of it from i/n on that is as long as size endpoints and a whole
-// number of n-ths; and an endpoint that only a part of lies in the stretch has that part
-// of its weight. So every point of the ring belongs to equally many clients, and equal
+// of n has the stretch of it from i/n on that is as long as size endpoints, or longer
+// if some are heavy, and a whole number of n-ths; and an endpoint that only a part of
+// lies in the stretch has that part of its weight. So every point of the ring belongs to equally many clients, and equal
 // clients load the endpoints in proportion to their weights exactly, whatever the
 // numbers (Finagle's deterministic aperture,
 // https://twitter.github.io/finagle/guide/ApertureLoadBalancers.html).
@@ -89,7 +89,9 @@ func (s subset) aperture(weights map[string]float64) map[string]float64 {
 	n := float64(s.count)
 	from := float64(s.index)
 	length := math.Ceil(n*float64(s.size)/float64(len(keys)) - 1e-9)
-	to := from + max(length, 1)
+	// Longer than any size-1 neighbours, or where they are heavy a client would have no more.
+	length = max(length, math.Floor(n*heaviest(keys, weights, s.size-1)/sum+1e-9)+1)
+	to := from + min(length, n)
 	shares := make(map[string]float64)
 	var at float64
 	for _, key := range keys {
@@ -102,6 +104,19 @@ func (s subset) aperture(weights map[string]float64) map[string]float64 {
 		}
 	}
 	return shares
+}
+
+// heaviest returns the greatest weight of so many neighbours on the ring.
+func heaviest(ring []string, weights map[string]float64, neighbours int64) (most float64) {
+	var sum float64
+	for i := range len(ring) + int(neighbours) {
+		sum += weights[ring[i%len(ring)]]
+		if i >= int(neighbours) {
+			sum -= weights[ring[(i-int(neighbours))%len(ring)]]
+		}
+		most = max(most, sum)
+	}
+	return most
 }
 
 // overlap is how much two intervals have in common.

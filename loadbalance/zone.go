@@ -62,8 +62,9 @@ func (s *spill) step(near, far, overload float64) {
 		s.usual = min(s.usual*(1+forget), near)
 	}
 	// To be overloaded is to be slower than usual and than the others: if all have become
-	// slow, nothing is gained elsewhere. That is not known before some have gone there.
-	if near > overload*s.usual && (far == 0 || far < near) {
+	// slow, nothing is gained elsewhere. That is not known before some have gone there. By a
+	// margin, as of two that are alike either is the slower half of the time.
+	if near > overload*s.usual && far*alike < near {
 		s.extra = min(1, s.extra+spillUp)
 	} else {
 		s.extra = max(0, s.extra-spillDown)

@@ -18,6 +18,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/bobtail-rpc/bobtail/loadbalance"
 )
 
 const (
@@ -135,13 +137,22 @@ func newFleet(t *testing.T, p policy, seed uint64) *grpc.ClientConn {
 	if p.reports {
 		opts = append(opts, orca.CallMetricsServerOption(nil))
 	}
+	probes := p.balancer == loadbalance.PrequalName
 	listeners := map[string]*bufconn.Listener{}
 	var state resolver.State
 	for i := range servers {
 		s := &server{index: i, seed: seed, slots: make(chan struct{}, workers)}
 		// A bubble must not end before its handlers have: Stop waits for them.
-		srv := grpc.NewServer(append([]grpc.ServerOption{grpc.WaitForHandlers(true)}, opts...)...)
+		opts := append([]grpc.ServerOption{grpc.WaitForHandlers(true)}, opts...)
+		load := loadbalance.NewServerLoad()
+		if probes {
+			opts = append(opts, grpc.ChainUnaryInterceptor(load.UnaryServerInterceptor()))
+		}
+		srv := grpc.NewServer(opts...)
 		srv.RegisterService(&service, s)
+		if probes {
+			load.Register(srv)
+		}
 		addr := fmt.Sprintf("server-%d", i)
 		listeners[addr] = bufconn.Listen(256 << 10)
 		go srv.Serve(listeners[addr]) //nolint:errcheck // it returns when the test stops the server
