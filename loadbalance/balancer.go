@@ -81,6 +81,9 @@ type shards struct {
 	// typical is the median latency of the endpoints as of the last sweep, a float64 in
 	// nanoseconds. An atomic because picks read it.
 	typical atomic.Uint64
+	// picks counts those that might be probes. It outlives rotations, or where these change
+	// each second a client of few calls would never probe. Likewise.
+	picks atomic.Uint64
 	// news says that there are events to deliver. Likewise.
 	news atomic.Bool
 
@@ -368,7 +371,7 @@ func (b *shards) arrange(p *picker, now time.Duration) *rotation {
 	if len(bench) > 0 {
 		t.add(bench, func(m []member) chooser { return newP2C(m, b.policy.tau) })
 		t.bench = bench
-		t.every = uint64(b.policy.ejection.probeEvery)
+		t.every, t.picks = uint64(b.policy.ejection.probeEvery), &b.picks
 	}
 	return t
 }
@@ -446,8 +449,8 @@ type rotation struct {
 	// bench are those that are ejected. One of so many picks is a probe of one of them.
 	bench   []member
 	every   uint64
-	picks   atomic.Uint64 // counted only while there is a bench
-	ramping bool          // some weight changes with time
+	picks   *atomic.Uint64 // counted only while there is a bench
+	ramping bool           // some weight changes with time
 }
 
 // A group is members and who chooses among them.

@@ -38,10 +38,10 @@ var logger = grpclog.Component("bobtail")
 //
 //	latencyFactor x median, median + 5 x 1.4826 x MAD, and latencyFloor
 //
-// in two sweeps in a row. The median and the median absolute deviation are those of the
-// endpoints in rotation that have had minimumCalls: unlike mean and standard deviation,
-// they do not move with the outlier itself (1.4826 MAD is the standard deviation of a
-// normal distribution). Failures are too many if their share reaches failureRatio and
+// in two sweeps in a row, in each by attempts that ended since the last. The median and the
+// median absolute deviation are those of the endpoints in rotation that have had
+// minimumCalls: unlike mean and standard deviation, they do not move with the outlier
+// itself (1.4826 MAD is the standard deviation of a normal distribution). Failures are too many if their share reaches failureRatio and
 // exceeds three times the median of the peers. Attempts that the caller gave up count as
 // neither.
 //
@@ -225,6 +225,7 @@ type probation struct {
 	since   time.Duration // of out, or of the readmission
 	times   int           // it was ejected, not long ago
 	strikes int           // sweeps in a row in which it was too slow
+	struck  time.Duration // the latest of them
 }
 
 // sweep judges the endpoints if it is time, and changes the rotation.
@@ -298,7 +299,13 @@ func (b *shards) judge(p *picker, now time.Duration) (changed bool) {
 		case ReasonFailures:
 			bad = append(bad, i)
 		case ReasonLatency:
-			if e.strikes++; e.strikes >= strikesOut {
+			// The same attempts are no second strike. Where the policy avoids a slow endpoint
+			// there are no others, and each pause of 100 ms would eject it.
+			if e.strikes == 0 || time.Duration(e.last.Load()) > e.struck {
+				e.strikes++
+				e.struck = now
+			}
+			if e.strikes >= strikesOut {
 				bad = append(bad, i)
 			}
 		default:

@@ -293,8 +293,10 @@ func (e *endpoint) record(now, elapsed, tau time.Duration, v verdict) {
 		silence = time.Duration(float64(silence) * min(1, e.weight/8))
 	}
 	if e.trial != nil {
-		e.trial.note(elapsed, v)
-		e.gap.Store(int64(e.trial.gap))
+		if e.trial.note(elapsed, v); time.Duration(e.gap.Load()) != e.trial.gap {
+			e.gap.Store(int64(e.trial.gap))
+			e.probe.Store(int64(now + e.trial.gap))
+		}
 	}
 
 	if e.rounds++; e.rounds%round == 0 {

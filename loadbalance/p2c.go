@@ -155,7 +155,7 @@ func (p *p2c) route(r *request, b bars) int {
 
 // best returns the endpoint of the lowest load of i, j, and those that are drawn on.
 func (p *p2c) best(r *request, b bars, i, j int) int {
-	x, y := p.weigh(r, i), p.weigh(r, j)
+	x, y := p.weigh(r, i, false), p.weigh(r, j, true)
 	if y.less(x) {
 		i, x = j, y
 	}
@@ -166,7 +166,7 @@ func (p *p2c) best(r *request, b bars, i, j int) int {
 		if j = p.one(r); j == i || !b.none() && b.at(p.ready[j].key) {
 			continue
 		}
-		if y = p.weigh(r, j); y.less(x) {
+		if y = p.weigh(r, j, true); y.less(x) {
 			i, x = j, y
 		}
 	}
@@ -187,14 +187,20 @@ type burden struct {
 	n    float64 // attempts in flight, one more with this
 }
 
-func (p *p2c) weigh(r *request, i int) burden {
+// weigh returns the burden of an endpoint. One that is to take over from that which was
+// drawn first, in proportion to its weight, must have room by its own weight: or the
+// lighter of two would be busy whenever the other is.
+func (p *p2c) weigh(r *request, i int, later bool) burden {
 	cost, n := p.ready[i].load(r.now, p.tau, r.streaming)
 	if cost > r.typical*(1/alike) && cost < r.typical*alike {
 		cost = r.typical
 	}
 	x := float64(n)
 	if p.wheel != nil {
-		x /= p.wheel.relative[i]
+		w := p.wheel.relative[i]
+		if x /= w; later && w < 1 {
+			x += 1/w - 1 // this attempt counts by the weight too
+		}
 	}
 	return burden{cost, x + 1}
 }

@@ -425,12 +425,15 @@ func TestRememberedIsBounded(t *testing.T) {
 
 // With nothing ready the child's state and errors pass through.
 func TestNothingReady(t *testing.T) {
+	synctest.Test(t, testNothingReady)
+}
+
+func testNothingReady(t *testing.T) {
 	cc, b := fakeReady(t, P2CName, 1)
 	if _, ok := cc.state.Picker.(*picker); !ok || cc.state.ConnectivityState != connectivity.Ready {
 		t.Fatalf("state %v, picker %T", cc.state.ConnectivityState, cc.state.Picker)
 	}
-	cc.conns[0].become(connectivity.Idle)
-	cc.conns[0].become(connectivity.Connecting)
+	cc.conns[0].step(connectivity.Idle, connectivity.Connecting)
 	if _, err := cc.state.Picker.Pick(balancer.PickInfo{Ctx: t.Context()}); !errors.Is(err, balancer.ErrNoSubConnAvailable) {
 		t.Errorf("got %v while reconnecting, want ErrNoSubConnAvailable", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -372,6 +373,9 @@ func TestSharedFleet(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
+			if testing.Short() && !strings.HasPrefix(tc.name, "1 client") {
+				t.Skip("a minute under the race detector")
+			}
 			runs := compareShared(t, tc.story, 1)
 			got := runs["bobtail_prequal"].quantile(.99)
 			for name, most := range map[string]float64{"bobtail_p2c": tc.p2c, "weighted round robin": tc.wrr, "random": tc.random} {

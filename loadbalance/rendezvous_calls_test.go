@@ -249,7 +249,7 @@ func TestOnlyWhatIsReadyCounts(t *testing.T) {
 			t.Fatalf("no connection to %s", addr)
 			return nil
 		}
-		conn("10.0.0.2:443").become(connectivity.Idle)
+		conn("10.0.0.2:443").step(connectivity.Idle)
 		check("one is down", 2)
 		resolve(t, b, nil, 2)
 		check("and removed", 2)
