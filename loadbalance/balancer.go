@@ -78,9 +78,9 @@ type shards struct {
 
 	// due is when the next sweep is. An atomic because the end of every attempt asks.
 	due atomic.Int64
-	// typical is the median latency of the endpoints as of the last sweep, a float64 in
-	// nanoseconds. An atomic because picks read it.
-	typical atomic.Uint64
+	// typical is the median latency of the endpoints of the caller's zone, and of the others,
+	// as of the last sweep: float64s in nanoseconds. Atomics because picks read them.
+	typical [2]atomic.Uint64
 	// picks counts those that might be probes. It outlives rotations, or where these change
 	// each second a client of few calls would never probe. Likewise.
 	picks atomic.Uint64
@@ -96,6 +96,7 @@ type shards struct {
 	panicking bool
 	zones     spill
 	events    []Event // to deliver, at most maxEvents
+	unlogged  []Event
 }
 
 // settings are what a policy tells the machinery at each update.
@@ -196,6 +197,8 @@ func (b *shards) now() time.Duration { return time.Since(b.start) }
 
 // update takes what the resolver says, and what the policy wants.
 func (b *shards) update(rs resolver.State, s settings) error {
+	rs.Endpoints = distinct(rs.Endpoints)
+	defer b.log()
 	b.mu.Lock()
 	b.policy = s
 	if s.ejection.maxEjectionPercent == 0 {
@@ -219,6 +222,17 @@ func (b *shards) update(rs resolver.State, s settings) error {
 	})
 }
 
+// distinct leaves out endpoints that have the addresses of an earlier one, in whatever order
+// or number: they are the same to everything here.
+func distinct(endpoints []resolver.Endpoint) []resolver.Endpoint {
+	seen := make(map[string]bool, len(endpoints))
+	return slices.DeleteFunc(slices.Clone(endpoints), func(e resolver.Endpoint) bool {
+		key := keyOf(e)
+		defer func() { seen[key] = true }()
+		return seen[key]
+	})
+}
+
 // reconcile notes which endpoints the resolver names, and forgets those that it
 // has not named for long. b.mu is held.
 func (b *shards) reconcile(named []resolver.Endpoint, shares map[string]float64) {
@@ -228,6 +242,9 @@ func (b *shards) reconcile(named []resolver.Endpoint, shares map[string]float64)
 		key := keyOf(e)
 		keys[key] = true
 		r := b.lookup(key)
+		if !r.named && r.ready > 0 && now-r.gone > b.policy.slowStart.window {
+			r.down = true // as in a rolling deployment: it was away, whatever its connection says
+		}
 		r.named = true
 		r.weight = shares[key]
 		r.far = b.policy.zone.local != "" && zoneOf(e) != b.policy.zone.local
@@ -268,6 +285,7 @@ func (b *shards) lookup(key string) *remembered {
 // an endpoint changes.
 func (b *shards) UpdateState(state balancer.State) {
 	p := &picker{b: b}
+	defer b.log()
 	b.mu.Lock()
 	b.updates++
 	now := b.now()
@@ -358,18 +376,19 @@ func (b *shards) arrange(p *picker, now time.Duration) *rotation {
 			near = append(near, m)
 		}
 	}
+	typical := &b.typical[0]
 	if len(near) == 0 {
-		near, far = far, nil
+		near, far, typical = far, nil, &b.typical[1]
 	}
 	if len(near) > 0 { // or all are ejected, and no panic is wanted
-		t.add(near, b.policy.choose)
+		t.add(near, b.policy.choose, typical)
 	}
 	if len(far) > 0 {
 		t.spill = b.zones.share(float64(len(near)) / float64(b.locals()))
-		t.add(far, b.policy.choose)
+		t.add(far, b.policy.choose, &b.typical[1])
 	}
 	if len(bench) > 0 {
-		t.add(bench, func(m []member) chooser { return newP2C(m, b.policy.tau) })
+		t.add(bench, func(m []member) chooser { return newP2C(m, b.policy.tau) }, &b.typical[0])
 		t.bench = bench
 		t.every, t.picks = uint64(b.policy.ejection.probeEvery), &b.picks
 	}
@@ -457,10 +476,17 @@ type rotation struct {
 type group struct {
 	chooser
 	members []member
+	typical *atomic.Uint64 // of shards
 }
 
-func (t *rotation) add(members []member, choose func([]member) chooser) {
-	t.groups = append(t.groups, group{choose(members), members})
+// ask is route.
+func (g *group) ask(r *request, b bars) int {
+	r.typical = math.Float64frombits(g.typical.Load())
+	return g.route(r, b)
+}
+
+func (t *rotation) add(members []member, choose func([]member) chooser, typical *atomic.Uint64) {
+	t.groups = append(t.groups, group{choose(members), members, typical})
 }
 
 // find returns where an attempt goes; nil if nowhere.
@@ -474,7 +500,7 @@ func (t *rotation) find(r *request, v attempt.View) *member {
 		}
 		if t.spill == 0 {
 			g := &t.groups[0]
-			if i := g.route(r, b); i >= 0 {
+			if i := g.ask(r, b); i >= 0 {
 				return &g.members[i]
 			}
 		}
@@ -489,7 +515,7 @@ func (t *rotation) find(r *request, v attempt.View) *member {
 			if skip > 0 && k < 2 {
 				g = &t.groups[1-k]
 			}
-			if i := g.route(r, b); i >= 0 {
+			if i := g.ask(r, b); i >= 0 {
 				return &g.members[i]
 			}
 		}
@@ -543,7 +569,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	w := watches.Get().(*watched)
 	t := p.rotation.Load()
 	w.b, w.t, w.ctx = p.b, t, info.Ctx
-	w.now, w.typical, w.bits = p.b.now(), math.Float64frombits(p.b.typical.Load()), rand.Uint64()
+	w.now, w.bits = p.b.now(), rand.Uint64()
 	m, err := w.choose(info)
 	if err != nil {
 		w.recycle()
@@ -644,7 +670,7 @@ func (w *watched) recycle() {
 func (w *watched) end(info balancer.DoneInfo) {
 	b, ctx, e, t, done := w.b, w.ctx, w.e, w.t, w.done
 	if b == nil {
-		return // called twice
+		return // called twice, which grpc does not
 	}
 	sent, streaming, unmeasured := w.now, w.streaming, w.unmeasured
 	w.recycle()
@@ -712,8 +738,8 @@ func judge(ctx context.Context, info balancer.DoneInfo, streaming bool) (verdict
 
 // methods remembers which methods are streaming. The zero value is ready.
 type methods struct {
-	// last is the method asked for last: most clients call one more than all others. An
-	// atomic because every pick without an attempt reads it.
+	// last is the method that was asked for twice first: most clients call one more than all
+	// others. An atomic because every pick without an attempt reads it.
 	last atomic.Pointer[method]
 	// known is an atomic for the same reason, and replaced whole when a method is called
 	// for the first time.
@@ -734,7 +760,9 @@ func (m *methods) streaming(fullName string) bool {
 	}
 	if known := m.known.Load(); known != nil {
 		if one, ok := (*known)[fullName]; ok {
-			m.last.Store(one)
+			if m.last.Load() == nil { // not each time: methods that alternate would contend for it
+				m.last.Store(one)
+			}
 			return one.streaming
 		}
 	}
@@ -743,6 +771,9 @@ func (m *methods) streaming(fullName string) bool {
 
 func (m *methods) learn(fullName string) bool {
 	s := describedAsStreaming(fullName)
+	if known := m.known.Load(); known != nil && len(*known) >= maxMethods {
+		return s
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var old map[string]*method

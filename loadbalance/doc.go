@@ -65,6 +65,28 @@
 // their call has not tried. The ranking passes over all endpoints: with
 // 1,000 of them a pick takes 3 to 5 us, with 100 less than one.
 //
+// # bobtail_prequal
+//
+// It asks random endpoints for their load ahead of the calls, and sends an attempt to the fastest of
+// those whose requests in flight are not high among the fleet (Prequal, NSDI'24). Many
+// clients of one fleet need that: none of them sees what the others send. The servers take part by
+// an interceptor and a service:
+//
+//	s := grpc.NewServer(grpc.ChainUnaryInterceptor(loadbalance.UnaryServerInterceptor()))
+//	loadbalance.RegisterLoadReport(s)
+//
+// (package bobtail's Server does both). While any endpoint has never answered a probe, and while
+// most of the load is this client's own, it is bobtail_p2c. It wants probes that take less time
+// than calls: with few servers and reports that are some service times old all clients go to
+// where the last report was good. Its own keys are
+//
+//   - "probesPerPick", in [0.1, 16]; default 3.
+//   - "maxProbesPerSecond", in [1, 100000]; default 300. Without picks there are none.
+//   - "probeTimeout", in [0.001s, 1s]; default "0.050s".
+//   - "qRif", in [0, 1]: the quantile of the reported requests in flight above which an endpoint
+//     is avoided; default 0.9.
+//   - "decayTime", that of bobtail_p2c, for the picks that go by it.
+//
 // # What all have in common
 //
 // Weights are those of grpc's package experimental/balancer/weight, which xDS sets too; 0,
@@ -74,7 +96,8 @@
 //     latency exceeds 5 ms, three times the median of its peers, and what their spread explains;
 //     or when it fails a fifth of its calls and three times as many as its peers. At most 34%
 //     of the endpoints are out at once, and none while fewer than half would be left. An
-//     ejected endpoint gets at most one call in 100, and one in 2 s, as probes; it comes back after
+//     ejected endpoint gets at most one call in 100, and one in 2 s, as probes (and hedges and
+//     retries that have no other untried place); it comes back after
 //     10 s at the earliest (20 s the second time, and so on up to 100 s), when three probes in
 //     a row were good. Keys: "latencyFactor" 3, "latencyFloor" "0.005s", "failureRatio" 0.2,
 //     "minimumCalls" 20, "baseEjectionTime" "10s", "maxEjectionPercent" 34 (0 ejects nobody),
@@ -88,7 +111,7 @@
 //     the reason BULKHEAD_FULL.
 //   - "subset", an object: "size", how many of the endpoints this client uses at least; with
 //     "clientIndex" of "clientCount" clients they load the endpoints evenly, without them each
-//     draws a random subset.
+//     draws a random subset. It is drawn without regard to zones.
 //   - "zone", an object: "local", the caller's zone. Its endpoints are preferred until too
 //     few are healthy (below 72%), or they take "overload" 2 times their usual latency and
 //     others are faster. Resolvers tell zones by [SetZone]. xDS's localities do not arrive here: there,
@@ -100,7 +123,7 @@
 // another of the same call is in flight. It goes to one that none has tried, if
 // one is ready, ejected or not; else to one whose attempt has ended; else nowhere: it ends at
 // once, wait-for-ready or not, with UNAVAILABLE and the reason NOT_SENT, and is
-// marked as never sent.
+// marked as never sent. With maxInFlight, an endpoint without room counts as not ready here.
 //
 // # What is measured
 //
@@ -112,7 +135,8 @@
 // counts while it is open; its length says nothing, its failure counts. A unary
 // call that waits long for its answer by design (a long poll) should have a
 // connection of its own, or it will make its endpoint look slow. Of an endpoint where more
-// than 4,000 attempts a second end, one in four is measured.
+// than 4,000 attempts a second end, one in four is measured (not so for bobtail_prequal). A method
+// whose descriptor is not linked into the program counts as unary.
 //
 // # What outlives what
 //

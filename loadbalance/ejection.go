@@ -93,6 +93,8 @@ const (
 	ReasonTime Reason = "time"
 	// ReasonReconnected: it was away, and is back.
 	ReasonReconnected Reason = "reconnected"
+	// ReasonLimit: more were out than may be, as the fleet has become smaller.
+	ReasonLimit Reason = "limit"
 	// ReasonDisabled: the configuration ejects nobody any more.
 	ReasonDisabled Reason = "disabled"
 )
@@ -234,13 +236,16 @@ func (b *shards) sweep(now time.Duration) {
 	if now < time.Duration(due) || !b.due.CompareAndSwap(due, int64(now+sweepEvery)) {
 		return // another attempt's end does it
 	}
+	defer b.log()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	p := b.current
 	if p == nil {
 		return
 	}
-	b.typical.Store(math.Float64bits(typicalOf(p.ready)))
+	for far := range b.typical {
+		b.typical[far].Store(math.Float64bits(typicalOf(p.ready, far == 1)))
+	}
 	changed := b.judge(p, now)
 	if b.policy.zone.local != "" {
 		changed = b.steer(p, now) || changed
@@ -250,11 +255,12 @@ func (b *shards) sweep(now time.Duration) {
 	}
 }
 
-// typicalOf returns the median latency of endpoints; 0 if none is known.
-func typicalOf(ready []seated) float64 {
+// typicalOf returns the median latency of the endpoints in rotation of the caller's zone, or
+// of the others; 0 if none is known.
+func typicalOf(ready []seated, far bool) float64 {
 	xs := make([]float64, 0, len(ready))
 	for _, s := range ready {
-		if s.known.Load() == measured {
+		if s.far == far && !s.out && s.known.Load() == measured {
 			xs = append(xs, math.Float64frombits(s.cost.Load()))
 		}
 	}
@@ -266,7 +272,6 @@ func (b *shards) judge(p *picker, now time.Duration) (changed bool) {
 	c := &b.policy.ejection
 	var in []*remembered
 	var samples []sample
-	out := 0
 	for _, s := range p.ready {
 		if !s.out {
 			in = append(in, s.remembered)
@@ -286,11 +291,12 @@ func (b *shards) judge(p *picker, now time.Duration) (changed bool) {
 		case lasted >= longest*c.baseTime && s.untried():
 			b.readmit(s.remembered, now, Event{Reason: ReasonTime})
 		default:
-			out++
+			s.relax(c.limit(Event{Reason: ReasonLatency, PeerLatency: b.typicalLatency(s.far)}))
 			continue
 		}
 		changed = true
 	}
+	out := b.trim(c.allowed(p.named), now)
 	verdicts := c.judge(samples)
 	var bad []int
 	for i, v := range verdicts {
@@ -330,6 +336,36 @@ func (b *shards) judge(p *picker, now time.Duration) (changed bool) {
 	return changed
 }
 
+// trim readmits those that have been out for longest while more are than may be: there may
+// be fewer endpoints now, or others than were counted then. It returns how many are out. b.mu is held.
+func (b *shards) trim(allowed int, now time.Duration) int {
+	var out []*remembered
+	for _, e := range b.endpoints {
+		if e.named && e.out {
+			out = append(out, e)
+		}
+	}
+	if len(out) <= allowed {
+		return len(out)
+	}
+	slices.SortFunc(out, func(x, y *remembered) int {
+		return cmp.Or(cmp.Compare(x.since, y.since), cmp.Compare(x.key, y.key))
+	})
+	for _, e := range out[:len(out)-allowed] {
+		b.readmit(e, now, Event{Reason: ReasonLimit})
+	}
+	return allowed
+}
+
+// typicalLatency is what picks go by. b.mu is held.
+func (b *shards) typicalLatency(far bool) time.Duration {
+	i := 0
+	if far {
+		i = 1
+	}
+	return time.Duration(math.Float64frombits(b.typical[i].Load()))
+}
+
 // readmit brings an ejected endpoint back. b.mu is held.
 func (b *shards) readmit(e *remembered, now time.Duration, why Event) {
 	why.Kind, why.Endpoint, why.Out = Readmitted, e.key, now-e.since
@@ -342,13 +378,25 @@ func (b *shards) readmit(e *remembered, now time.Duration, why Event) {
 // tell queues an event for the next call that takes them. b.mu is held.
 func (b *shards) tell(e Event) {
 	e.Target = b.target
-	logger.Infof("loadbalance: %s: %s %s: %s (latency %v, peers' %v; failures %.2f, peers' %.2f; %d of %d ready ones ejected)",
-		e.Target, e.Endpoint, e.Kind, e.Reason, e.Latency, e.PeerLatency, e.FailureRatio, e.PeerFailureRatio, e.Ejected, e.Ready)
+	b.unlogged = append(b.unlogged, e)
 	if len(b.events) == maxEvents {
 		b.events = slices.Delete(b.events, 0, 1)
 	}
 	b.events = append(b.events, e)
 	b.news.Store(true)
+}
+
+// log writes what has been told since the last time. b.mu is not held: a log may be slow, or
+// make calls of its own.
+func (b *shards) log() {
+	b.mu.Lock()
+	events := b.unlogged
+	b.unlogged = nil
+	b.mu.Unlock()
+	for _, e := range events {
+		logger.Infof("loadbalance: %s: %s %s: %s (latency %v, peers' %v; failures %.2f, peers' %.2f; %d of %d ready ones ejected)",
+			e.Target, e.Endpoint, e.Kind, e.Reason, e.Latency, e.PeerLatency, e.FailureRatio, e.PeerFailureRatio, e.Ejected, e.Ready)
+	}
 }
 
 // handler is the context key of who takes events.

@@ -924,3 +924,78 @@ func TestNoStrikeWithoutAttempts(t *testing.T) {
 		}
 	})
 }
+
+// Not even where ejected endpoints come back that the resolver had removed.
+func TestNoMoreAreOutThanMayBe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, sh, cfg := configured(t, P2CName, 10, `{"ejection":{"panicThreshold":0}}`)
+		b := shardsOf(sh)
+		for i := range 10 {
+			b.met(i, 2*ms, answered)
+		}
+		for i := 7; i < 10; i++ {
+			b.met(i, 100*ms, answered)
+		}
+		judged(b)
+		if es := judged(b); len(es) != 3 {
+			t.Fatalf("%+v", es)
+		}
+		resolve(t, sh, cfg, 7) // resolver loses the three
+		for i := range 2 {
+			b.met(i, 100*ms, answered)
+		}
+		judged(b)
+		judged(b)
+		cc := sh.(*p2cBalancer).ClientConn.(*fakeConn)
+		cc.conns = nil
+		resolve(t, sh, cfg, 10)
+		for _, sc := range cc.conns {
+			sc.step(connectivity.Connecting, connectivity.Ready)
+		}
+		time.Sleep(sweepEvery)
+		b.sweep(b.now())
+		out := 0
+		for _, e := range b.endpoints {
+			if e.out && e.named {
+				out++
+			}
+		}
+		if out > 3 {
+			t.Errorf("%d of 10 are out, want at most 3", out)
+		}
+	})
+}
+
+// Ejected while its peers took 1 ms; now all take 8 ms, and so do its probes.
+func TestAProbeIsJudgedByThePresent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, sh, _ := configured(t, P2CName, 5, `{}`)
+		b := shardsOf(sh)
+		for i := range 5 {
+			b.met(i, ms, answered)
+		}
+		b.met(1, 100*ms, answered)
+		judged(b)
+		if es := judged(b); len(es) != 1 {
+			t.Fatalf("%+v", es)
+		}
+		e := b.endpoints["10.0.0.1:443"]
+		for sec := range 120 {
+			time.Sleep(time.Second)
+			for _, p := range b.endpoints {
+				if p != e {
+					for range 50 {
+						p.record(b.now(), 8*ms, tau, answered)
+					}
+				}
+			}
+			if sec%2 == 0 && e.out {
+				e.record(b.now(), 8*ms, tau, answered) // a probe
+			}
+			swept(b)
+		}
+		if e.out {
+			t.Errorf("still out after two minutes of probes that were as good as its peers' calls (limit %v)", e.trial.limit)
+		}
+	})
+}

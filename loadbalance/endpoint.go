@@ -168,12 +168,23 @@ func (e *endpoint) begin(streaming bool) {
 
 // beginWithin is begin if fewer than full attempts are in flight; it reports whether.
 func (e *endpoint) beginWithin(streaming bool, full int64) bool {
-	e.begin(streaming)
-	if unary, streams := e.inFlight(); unary+streams <= full {
-		return true
+	one := int64(1)
+	if streaming {
+		one = oneStream
 	}
-	e.release(streaming)
-	return false
+	for {
+		f := e.flights.Load()
+		if f&(oneStream-1)+f>>32 >= full {
+			return false
+		}
+		if e.flights.CompareAndSwap(f, f+one) {
+			break
+		}
+	}
+	if e.crowd != nil {
+		e.crowd.n.Add(1)
+	}
+	return true
 }
 
 // release takes back what begin counted.
@@ -197,7 +208,7 @@ func (e *endpoint) inFlight() (unary, streams int64) {
 // unmeasured reports whether an attempt sent now, with some random bits, may end unseen:
 // where there are many, the others tell enough, and it is not known beforehand which.
 func (e *endpoint) unmeasured(now time.Duration, bits uint64) bool {
-	return e.sparse.Load() && bits%sampled != 0 && now-time.Duration(e.last.Load()) < stale
+	return e.sparse.Load() && bits>>40%sampled != 0 && now-time.Duration(e.last.Load()) < stale
 }
 
 // unknown is the cost of an endpoint of which a stream learns nothing.
@@ -355,6 +366,15 @@ func (e *endpoint) probing(now time.Duration) bool {
 		return false // so that a slow one gets few
 	}
 	return e.probe.CompareAndSwap(at, int64(now)+e.gap.Load())
+}
+
+// relax raises the latency of a good probe, if latency is what the trial is about.
+func (e *endpoint) relax(limit time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.trial != nil {
+		e.trial.limit = max(e.trial.limit, limit)
+	}
 }
 
 // untried reports whether no probe of the trial was bad.

@@ -2,6 +2,7 @@ package loadbalance
 
 import (
 	"math"
+	"math/rand/v2"
 	"sync"
 	"testing"
 	"time"
@@ -165,7 +166,7 @@ func TestSparse(t *testing.T) {
 	}
 	unmeasured := func() (n int) {
 		for bits := range uint64(1000) {
-			if e.unmeasured(now, bits) {
+			if e.unmeasured(now, bits<<40) {
 				n++
 			}
 		}
@@ -272,5 +273,20 @@ func TestSampleOfCancellations(t *testing.T) {
 	}
 	if s := e.sample(); math.Abs(s.failures-0.2) > 0.02 {
 		t.Errorf("%+v, want a fifth of the calls to have failed", s)
+	}
+}
+
+// An attempt that drew again goes unmeasured as others do.
+func TestDrawnAgainIsSampledToo(t *testing.T) {
+	var e endpoint
+	e.sparse.Store(true)
+	n := 0
+	for i := range 1000 {
+		if e.unmeasured(1, fresh(rand.New(rand.NewPCG(uint64(i), 1)).IntN)) {
+			n++
+		}
+	}
+	if n < 650 || n > 850 {
+		t.Errorf("of 1000 attempts that drew again %d are unmeasured, want 750", n)
 	}
 }

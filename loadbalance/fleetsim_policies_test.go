@@ -225,7 +225,7 @@ func (f *fleetSim) core(tau time.Duration) *simCore {
 func (c *simCore) pick() int {
 	if c.now >= c.sweep { // as shards.sweep does, but that it ejects nobody
 		c.sweep = c.now + sweepEvery
-		c.typical = typicalOf(c.seated)
+		c.typical = typicalOf(c.seated, false)
 	}
 	q := &c.req
 	q.now, q.typical, q.bits = c.now, c.typical, c.r.Uint64()

@@ -241,7 +241,7 @@ func TestRoomElsewhere(t *testing.T) {
 			}
 		}
 		rot := &rotation{full: full}
-		rot.add(membersOf(es, tc.weights...), func(m []member) chooser { return newP2C(m, tau) })
+		rot.add(membersOf(es, tc.weights...), func(m []member) chooser { return newP2C(m, tau) }, new(atomic.Uint64))
 		var call attempt.Call
 		var a, b, c attempt.Attempt
 		a.Init(&call, 1, attempt.First)
@@ -284,9 +284,9 @@ func TestRoomIsSoughtByGroups(t *testing.T) {
 	ms := membersOf(es)
 	p2cOf := func(m []member) chooser { return newP2C(m, tau) }
 	rot := &rotation{full: 2}
-	rot.add(ms[:2], p2cOf)
-	rot.add(ms[2:3], p2cOf)
-	rot.add(ms[3:], p2cOf)
+	rot.add(ms[:2], p2cOf, new(atomic.Uint64))
+	rot.add(ms[2:3], p2cOf, new(atomic.Uint64))
+	rot.add(ms[3:], p2cOf, new(atomic.Uint64))
 	var order []string
 	es[1].begin(false)
 	for range 8 {
@@ -299,5 +299,38 @@ func TestRoomIsSoughtByGroups(t *testing.T) {
 	}
 	if want := []string{"0", "0", "1", "2", "2", "3", "3"}; !slices.Equal(order, want) {
 		t.Errorf("room at %v, want %v", order, want)
+	}
+}
+
+// Of two attempts at once one finds the room for one.
+func TestNobodyIsTurnedAwayByAnother(t *testing.T) {
+	const rounds = 100_000
+	e := make([]endpoint, rounds)
+	var ok [2][]bool
+	var turn [2]atomic.Int64
+	var wg sync.WaitGroup
+	for g := range 2 {
+		ok[g] = make([]bool, rounds)
+		wg.Go(func() {
+			for i := range rounds {
+				turn[g].Store(int64(i + 1))
+				for n := 0; turn[1-g].Load() < int64(i+1); n++ {
+					if n > 1000 {
+						runtime.Gosched()
+					}
+				}
+				ok[g][i] = e[i].beginWithin(false, 1)
+			}
+		})
+	}
+	wg.Wait()
+	n := 0
+	for i := range rounds {
+		if !ok[0][i] && !ok[1][i] {
+			n++
+		}
+	}
+	if n > 0 {
+		t.Errorf("%d of %d times two attempts both found an idle endpoint of maxInFlight 1 full", n, rounds)
 	}
 }

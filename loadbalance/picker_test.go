@@ -54,6 +54,21 @@ type fakeSubConn struct {
 	listen, health func(balancer.SubConnState)
 }
 
+func (sc *fakeSubConn) GetOrBuildProducer(b balancer.ProducerBuilder) (balancer.Producer, func()) {
+	return b.Build(refusing{})
+}
+
+// refusing is a connection to a server that has no service.
+type refusing struct{}
+
+func (refusing) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {
+	return status.Error(codes.Unimplemented, "refusing")
+}
+
+func (refusing) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, status.Error(codes.Unimplemented, "refusing")
+}
+
 func (sc *fakeSubConn) Connect()                                             {}
 func (sc *fakeSubConn) Shutdown()                                            {}
 func (sc *fakeSubConn) RegisterHealthListener(f func(balancer.SubConnState)) { sc.health = f }
@@ -107,14 +122,17 @@ var ours = []string{P2CName, RendezvousName}
 
 // shardsOf returns the machinery of one of ours.
 func shardsOf(b balancer.Balancer) *shards {
-	if r, ok := b.(*rendezvousBalancer); ok {
-		return r.shards
+	switch b := b.(type) {
+	case *rendezvousBalancer:
+		return b.shards
+	case *prequalBalancer:
+		return b.shards
 	}
 	return b.(*p2cBalancer).shards
 }
 
 func TestPickAllocatesOnce(t *testing.T) {
-	for _, name := range ours {
+	for _, name := range balancers() {
 		t.Run(name, func(t *testing.T) { testPickAllocatesOnce(t, name) })
 	}
 }
@@ -226,6 +244,7 @@ func TestConfigsSurviveMarshalling(t *testing.T) {
 	for name, js := range map[string]string{
 		P2CName:        `{"decayTime": "3s", "maxInFlight": 7, "ejection": {"minimumCalls": 5}}`,
 		RendezvousName: `{"header": "x-user-id", "eps": 2, "subset": {"size": 3}}`,
+		PrequalName:    `{"qRif": 0.5, "maxProbesPerSecond": 7, "maxInFlight": 3}`,
 	} {
 		p := balancer.Get(name).(balancer.ConfigParser)
 		for _, js := range []string{js, `{}`} {
@@ -297,7 +316,7 @@ func TestRoute(t *testing.T) {
 // Attempts of one call that are picked at the same instant never share an
 // endpoint.
 func TestConcurrentPicksNeverShare(t *testing.T) {
-	for _, name := range ours {
+	for _, name := range balancers() {
 		t.Run(name, func(t *testing.T) { testConcurrentPicksNeverShare(t, name) })
 	}
 }
@@ -338,7 +357,7 @@ func testConcurrentPicksNeverShare(t *testing.T, name string) {
 // Concurrent picks of real pickers, while endpoints come and go: counts come out
 // even.
 func TestPicksDuringChurn(t *testing.T) {
-	for _, name := range ours {
+	for _, name := range balancers() {
 		t.Run(name, func(t *testing.T) { testPicksDuringChurn(t, name) })
 	}
 }
@@ -610,4 +629,33 @@ func TestUnreadyPicker(t *testing.T) {
 	if _, err := u.Pick(balancer.PickInfo{Ctx: t.Context()}); err != balancer.ErrNoSubConnAvailable {
 		t.Errorf("without an attempt: %v", err)
 	}
+}
+
+// An endpoint that is named twice is one.
+func TestTheSameAddressesAreOneEndpoint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, name := range balancers() {
+			cc := &fakeConn{}
+			b := balancer.Get(name).Build(cc, balancer.BuildOptions{})
+			a := resolver.Address{Addr: "10.0.0.1:443"}
+			o := resolver.Address{Addr: "10.0.0.2:443"}
+			var rs resolver.State
+			rs.Endpoints = []resolver.Endpoint{{Addresses: []resolver.Address{a}}, {Addresses: []resolver.Address{a, a}}, {Addresses: []resolver.Address{o}}}
+			if err := b.UpdateClientConnState(balancer.ClientConnState{ResolverState: rs}); err != nil {
+				t.Fatal(err)
+			}
+			for _, sc := range cc.conns {
+				sc.step(connectivity.Connecting, connectivity.Ready)
+			}
+			p := cc.state.Picker.(*picker)
+			seen := map[string]int{}
+			for _, m := range p.rotation.Load().groups[0].members {
+				seen[m.key]++
+			}
+			if seen["10.0.0.1:443"] > 1 {
+				t.Errorf("%s: an endpoint is two members: %v", name, seen)
+			}
+			b.Close()
+		}
+	})
 }

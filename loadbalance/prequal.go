@@ -82,6 +82,7 @@ func defaultPrequal() *prequalConfig {
 // ParseConfig implements balancer.ConfigParser. It reports every fault.
 func (prequalBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
 	c := defaultPrequal()
+	c.js = string(js)
 	parsers := c.parsers()
 	parsers["decayTime"] = func(v json.RawMessage) (err error) {
 		c.decayTime, err = parseDecayTime(v)

@@ -312,8 +312,8 @@ func TestPrequalBlinkingEndpoints(t *testing.T) {
 	})
 }
 
-// Servers that sit on probes do not hold up calls: one probe to each at a time, each for
-// probeTimeout.
+// Servers that sit on probes do not hold up calls, and are asked less and less: after three
+// probes each waits for twice as long, from 100 ms on.
 func TestPrequalProbesTimeOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := startReporting(t, 3, `{"probeTimeout": "0.020s"}`, everyone, func(ctx context.Context, _ int) error { return after(ctx, ms) })
@@ -323,8 +323,9 @@ func TestPrequalProbesTimeOut(t *testing.T) {
 		}
 		before := f.probes()
 		calls, failures := f.run(t, 10*time.Second)
-		if n := f.probes() - before; n > 3*10*50+3 || n < 3*10*25 {
-			t.Errorf("%d probes of 3 servers in 10 s, want about one in 20 ms of each", n)
+		// 3, and those after 0.1, 0.2, 0.4, 0.8, 1.6, 3.2 and 6.4 s.
+		if n := f.probes() - before; n > 3*10 || n < 3*8 {
+			t.Errorf("%d probes of 3 servers in 10 s, want 9 of each", n)
 		}
 		for i, n := range calls {
 			if n < 200 || failures > 0 {
@@ -361,6 +362,40 @@ func TestPrequalAttemptsGoElsewhere(t *testing.T) {
 			if len(seen) != 4 || seen[""] != 1 {
 				t.Fatalf("attempts at %v, want one at each backend and one nowhere", seen)
 			}
+		}
+	})
+}
+
+// A server that serves well and answers no probes any more, or never has, is not left
+// without calls.
+func TestPrequalTheDeaf(t *testing.T) {
+	t.Run("no more", func(t *testing.T) { testDeaf(t, everyone, true, 30*time.Second) })
+	t.Run("never", func(t *testing.T) { testDeaf(t, func(i int) bool { return i != 4 }, false, 15*time.Second) })
+}
+
+func testDeaf(t *testing.T, reports func(int) bool, stall bool, d time.Duration) {
+	synctest.Test(t, func(t *testing.T) {
+		var slow atomic.Bool
+		f := startReporting(t, 5, `{"ejection": {"maxEjectionPercent": 0}}`, reports, func(ctx context.Context, i int) error {
+			if i == 4 && slow.Load() {
+				return after(ctx, 1500*ms)
+			}
+			return after(ctx, 5*ms)
+		})
+		for _, b := range f.backends {
+			b.load.gauge.rif.Add(5) // of other clients
+		}
+		f.run(t, 2*time.Second)
+		f.run(t, 5*time.Second)
+		if stall {
+			f.backends[4].stall.Store(true)
+		}
+		f.backends[4].load.gauge.rif.Add(100) // a burst of others
+		f.run(t, 2*time.Second)
+		f.backends[4].load.gauge.rif.Add(-100)
+		calls, _ := f.run(t, d)
+		if calls[4] == 0 {
+			t.Errorf("backend 4 got none of the calls of %v", d)
 		}
 	})
 }

@@ -26,8 +26,18 @@ const (
 	// patientProbes is how many probes an endpoint that has never answered any may leave
 	// unanswered before it counts as one that does not report.
 	patientProbes = 3
-	// quietFor is how long an endpoint without the service is not probed again.
-	quietFor = 30 * time.Second
+	// quietFor is how long an endpoint without the service is not probed again; and one
+	// that leaves its probes unanswered not, in the end. Its quiet begins at leastQuiet, after
+	// patientProbes of them, and doubles.
+	quietFor   = 30 * time.Second
+	leastQuiet = 100 * time.Millisecond
+	// exploreEvery is how often an endpoint that reports no more gets a pick of this client
+	// all the same: it may serve well though it answers no probe.
+	exploreEvery = time.Second
+
+	// What a report may say at most. Servers are not to be believed anything.
+	mostRIF     = 1 << 40
+	mostLatency = time.Hour
 )
 
 // A replica is what Prequal knows of an endpoint beside its probe in the pool. What picks
@@ -44,9 +54,11 @@ type replica struct {
 	failures atomic.Int32
 	until    atomic.Int64
 
-	// heard says that it reports; missed counts the probes without an answer before that.
+	// heard says that it has answered a probe; missed counts those without an answer since.
 	heard  atomic.Bool
 	missed atomic.Int32
+	// explore is when a pick may go to it though it reports no more.
+	explore atomic.Int64
 	// asked says that a probe is on its way; until quiet none is to be sent.
 	asked atomic.Bool
 	quiet atomic.Int64
@@ -100,8 +112,9 @@ type replicas struct {
 // otherwise, and tell of a slow past for ever. It invites one client a
 // second, so that all clients of a fleet do not try it at once.
 //
-// With fewer than two usable probes, and while any member does not report, it is p2c:
-// those that do not would get nothing otherwise. And so it is while four fifths of what is in
+// With fewer than two usable probes, and while any member has never answered one, it is p2c:
+// those that do not would get nothing otherwise. One that answers no more gets a pick a
+// second, or as many as the reports that its calls bring earn it. And so it is while four fifths of what is in
 // flight at the servers in the pool is this client's own: then it knows at first hand, to
 // the call, what the reports tell it late and from a sample.
 //
@@ -198,6 +211,9 @@ func (c *prequal) route(r *request, b bars) int {
 	if c.silent() > 0 {
 		return c.fallback.route(r, b)
 	}
+	if i := c.explore(r, b); i >= 0 {
+		return i
+	}
 	var best, worst candidate
 	var oldest, host *probe
 	at, guest, usable, open := 0, 0, 0, b.none()
@@ -288,6 +304,24 @@ func (x *candidate) better(y *candidate) bool {
 	return x.score < y.score
 }
 
+// explore returns the member that this pick is to try because it answers no probes any more;
+// -1 as a rule. Each pick looks at one.
+func (c *prequal) explore(r *request, b bars) int {
+	if len(c.of) == 0 || r.streaming {
+		return -1
+	}
+	i := int(r.bits >> 16 % uint64(len(c.of)))
+	of := c.of[i]
+	if of.missed.Load() < patientProbes || r.now < time.Duration(of.until.Load()) || !b.none() && b.at(of.e.key) {
+		return -1
+	}
+	at := of.explore.Load()
+	if r.now < time.Duration(at) || !of.explore.CompareAndSwap(at, int64(r.now+exploreEvery)) {
+		return -1
+	}
+	return i
+}
+
 // silent returns how many members do not report. It counts them anew when one has
 // changed.
 func (c *prequal) silent() int {
@@ -311,9 +345,15 @@ const unlimited = math.MaxInt64
 // take takes a report; probed says that a probe has brought it, not a call. u is uniform in
 // [0, 1), and rounds the reuse limit.
 func (c *prequal) take(of *replica, now time.Duration, r report, probed bool, u float64) {
-	if !of.heard.Load() {
-		of.heard.Store(true)
-		c.changes.Add(1)
+	r.rif = min(max(r.rif, 0), mostRIF)
+	r.latency = min(max(r.latency, 0), mostLatency)
+	if probed {
+		// A call's report does not show that probes are answered.
+		of.missed.Store(0)
+		if !of.heard.Load() {
+			of.heard.Store(true)
+			c.changes.Add(1)
+		}
 	}
 	if i := int(of.index.Load()); probed && i < len(c.members) && c.members[i].endpoint == of.e {
 		c.pool.earn(removePer(c.cfg.probesPerPick) / c.cfg.probesPerPick)
@@ -339,8 +379,11 @@ func (s *replicas) missed(of *replica, now time.Duration, unknown bool) {
 		of.missed.Store(patientProbes)
 		of.quiet.Store(int64(now + quietFor))
 		s.pool.drop(of)
-	} else if of.missed.Load() < patientProbes {
-		of.missed.Add(1)
+	} else if n := of.missed.Load() + 1; n < 30 {
+		of.missed.Store(n)
+		if n >= patientProbes {
+			of.quiet.Store(int64(now + min(quietFor, leastQuiet<<(n-patientProbes))))
+		}
 	}
 	if of.silent() != was {
 		s.changes.Add(1)
@@ -349,7 +392,8 @@ func (s *replicas) missed(of *replica, now time.Duration, unknown bool) {
 
 // failed notes that an attempt has failed.
 func (s *replicas) failed(of *replica, now time.Duration) {
-	n := min(of.failures.Add(1), 8)
+	n := min(of.failures.Load(), 7) + 1
+	of.failures.Store(n)
 	of.until.Store(int64(now + min(maxHoldOff, holdOff<<(n-1))))
 	s.pool.drop(of)
 }

@@ -422,6 +422,7 @@ func TestParsePrequalConfig(t *testing.T) {
 		case len(tc.errs) == 0 && err != nil:
 			t.Errorf("%s: %v", tc.js, err)
 		case len(tc.errs) == 0:
+			tc.want.js = tc.js
 			if got := *c.(*prequalConfig); got != tc.want {
 				t.Errorf("%s: %+v, want %+v", tc.js, got, tc.want)
 			}
@@ -456,4 +457,48 @@ func FuzzParsePrequalConfig(f *testing.F) {
 			t.Errorf("%s: %+v is out of bounds", js, c)
 		}
 	})
+}
+
+// A server that reports what cannot be is no better for it, nor does it turn the reports of the
+// others off.
+func TestPrequalBelievesNoNonsense(t *testing.T) {
+	for _, rif := range []int64{1 << 40, math.MaxInt64} {
+		c := told(4, map[int]report{0: {rif: 3, latency: 5 * ms}, 1: {rif: 4, latency: 6 * ms}, 2: {rif: 5, latency: 7 * ms}})
+		c.fallback = always(3)
+		c.take(c.of[3], 0, report{rif: rif, latency: ms}, true, 0)
+		c.pool.hot.Store(math.Float64bits(10))
+		if got := c.pick(0); got != 0 {
+			t.Errorf("rif %d: pick %d, want 0", rif, got)
+		}
+		// one attempt begun there since
+		c.members[3].begin(false)
+		if got := c.pick(0); got != 0 {
+			t.Errorf("rif %d, one of ours there: pick %d, want 0", rif, got)
+		}
+	}
+}
+
+// Likewise for what would overflow a sum.
+func TestPrequalIsNotTurnedOff(t *testing.T) {
+	c := told(5, map[int]report{0: {rif: 30, latency: 5 * ms}, 1: {rif: 40, latency: 6 * ms}, 2: {rif: 50, latency: 7 * ms}})
+	c.fallback = always(4)
+	c.pool.hot.Store(math.Float64bits(60))
+	if got := c.pick(0); got != 0 {
+		t.Errorf("control: %d", got)
+	}
+	for _, rif := range []int64{1 << 61, 1 << 62, math.MaxInt64 - 200, math.MaxInt64} {
+		c.take(c.of[3], 0, report{rif: rif, latency: ms}, true, 0)
+		c.pool.hot.Store(math.Float64bits(60))
+		if got := c.pick(0); got != 0 {
+			t.Errorf("rif %d: pick %d, want 0", rif, got)
+		}
+	}
+}
+
+// However many attempts have failed in a row.
+func TestPrequalManyFailures(t *testing.T) {
+	c := told(2, nil)
+	c.of[0].failures.Store(math.MaxInt32)
+	c.failed(c.of[0], 0)
+	c.failed(c.of[0], 0)
 }

@@ -221,7 +221,7 @@ func (c *byChooser) pick(now time.Duration) int {
 		for _, m := range c.members {
 			ready = append(ready, seated{remembered: &remembered{endpoint: m.endpoint}})
 		}
-		c.typical = typicalOf(ready)
+		c.typical = typicalOf(ready, false)
 	}
 	i := c.choose.route(&request{now: now, typical: c.typical, bits: c.s.r.Uint64(), intn: c.s.r.IntN}, bars{})
 	c.members[i].begin(false)

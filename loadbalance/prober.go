@@ -77,10 +77,11 @@ func newProber() *prober { return &prober{wake: make(chan struct{}, 1)} }
 
 // note counts a pick. It never waits.
 func (p *prober) note(c *prequal) {
-	p.picks.Add(1)
+	// In this order: who sees a pick sees a chooser.
 	if p.last.Load() != c {
 		p.last.Store(c)
 	}
+	p.picks.Add(1)
 	if p.asleep.Load() && p.asleep.CompareAndSwap(true, false) {
 		select {
 		case p.wake <- struct{}{}:

@@ -1,6 +1,7 @@
 package loadbalance
 
 import (
+	"context"
 	"math"
 	"testing"
 	"time"
@@ -114,5 +115,25 @@ func TestProbeTargets(t *testing.T) {
 	}
 	if got := p.target(told(1, nil), 0); got != 0 {
 		t.Errorf("member %d of another chooser, want 0", got)
+	}
+}
+
+// The first pick may come before the prober has slept.
+func TestAPickIsNeverWithoutItsChooser(t *testing.T) {
+	start := time.Now()
+	for i := 0; time.Since(start) < 200*time.Millisecond; i++ {
+		p := newProber()
+		c := p.replicas.choose(simMembers(0), defaultPrequal(), p)
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan any, 1)
+		go func() {
+			defer func() { done <- recover() }()
+			p.run(ctx, func() time.Duration { return 0 })
+		}()
+		p.note(c)
+		cancel()
+		if r := <-done; r != nil {
+			t.Fatalf("iteration %d: panic %v", i, r)
+		}
 	}
 }

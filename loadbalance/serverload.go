@@ -29,10 +29,10 @@ const (
 // and report in the trailer of each call; what Register adds answers probes.
 //
 // The latency is the median of recent requests that arrived at about the present RIF. A
-// request that ends by itself gives its time, and so does a stream. One that failed or was
-// cancelled only shows that it would have taken longer: it counts if it took longer than
-// the median, where that makes no difference, and not otherwise, so that fast failures
-// are no fast answers.
+// unary request that ends by itself gives its time; the length of a stream is none. One that
+// failed or was cancelled only shows that it would have taken longer: it counts if it took
+// longer than the median, where that makes no difference, and not otherwise, so that fast
+// failures are no fast answers.
 //
 // Probes, health checks and ORCA's streams of load reports are not counted. Its
 // memory is bounded, 20 KiB. All methods are safe for concurrent use; a request takes no lock.
@@ -104,7 +104,7 @@ func (l *ServerLoad) StreamServerInterceptor() grpc.StreamServerInterceptor {
 		r := l.begin()
 		defer r.release()
 		err := handler(srv, ss)
-		if load := r.end(err); !recordLoad(ss.Context(), load) {
+		if load := r.endStream(); !recordLoad(ss.Context(), load) {
 			ss.SetTrailer(trailer(load))
 		}
 		return err
@@ -153,6 +153,13 @@ func (r *serving) end(err error) report {
 		g.record(now, took, r.met)
 	}
 	return load
+}
+
+// endStream is end for a stream, whose length is no latency.
+func (r *serving) endStream() report {
+	r.ended = true
+	r.load.gauge.release()
+	return r.load.gauge.load(r.load.now())
 }
 
 // trailer makes a load report. It is written by hand, as it is the same each time but for two

@@ -131,6 +131,9 @@ func (l *level) gather(now, age uint32, found *[gaugeSamples]float32, n int) int
 		}
 		w := l.samples[(newest-back)%gaugeSamples].Load()
 		if w == 0 || now-uint32(w>>32) > age {
+			if back < 2 {
+				continue // it is being written
+			}
 			break // what follows is older still
 		}
 		x := math.Float32frombits(uint32(w))

@@ -68,7 +68,7 @@ func (p *underTest) choose(now time.Duration, v attempt.View, r *rand.Rand) int 
 		for _, m := range p.p.ready {
 			ready = append(ready, seated{remembered: &remembered{endpoint: m.endpoint}})
 		}
-		p.typical = typicalOf(ready)
+		p.typical = typicalOf(ready, false)
 	}
 	return chooseAt(&p.p, now, p.typical, v, false, r)
 }

@@ -90,10 +90,10 @@ func TestWhoStartsSlowly(t *testing.T) {
 		want float64 // of endpoint 2, 2 s later
 	}{
 		"the first fleet": {`{}`, func(*fakeConn, balancer.Balancer, func(int)) {}, 1},
-		"one that is removed and named again": {`{}`, func(cc *fakeConn, _ balancer.Balancer, to func(int)) {
+		"one that is removed and soon named again": {`{}`, func(cc *fakeConn, _ balancer.Balancer, to func(int)) {
 			time.Sleep(time.Minute)
 			to(2)
-			time.Sleep(time.Minute)
+			time.Sleep(10 * time.Second)
 			cc.conns = nil
 			to(3)
 			become(cc, 2, up...)
@@ -215,4 +215,22 @@ func TestNewcomersRamp(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A server that the resolver takes away, that is restarted and named again has a slow start.
+func TestARestartBehindTheResolver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cc, b, cfg := configured(t, P2CName, 3, `{}`)
+		time.Sleep(time.Minute)
+		resolve(t, b, cfg, 2)
+		time.Sleep(time.Minute) // restarted meanwhile
+		cc.conns = nil
+		resolve(t, b, cfg, 3)
+		for _, sc := range cc.conns {
+			sc.step(connectivity.Connecting, connectivity.Ready)
+		}
+		if ws := weightsNow(cc, 3); ws[2] > .5 {
+			t.Errorf("weights %v: no slow start after a minute away", ws)
+		}
+	})
 }

@@ -26,6 +26,9 @@ const (
 	overprovisioned = 1.4
 	// spillUp and spillDown are the steps per sweep. It is sooner relieved than loaded.
 	spillUp, spillDown = 0.1, 0.05
+	// explore is the part that leaves an overloaded zone to see how the others are, where that
+	// is not known.
+	explore = 0.01
 	// forget is by how much of itself what is usual may grow in a sweep: it doubles in
 	// six minutes.
 	forget = 0.002
@@ -50,7 +53,13 @@ func zoneOf(e resolver.Endpoint) string {
 type spill struct {
 	extra float64 // because of overload
 	usual float64 // the zone's latency in nanoseconds; 0 until it is known
+	// far is the others' latency when it was known last, unknown sweeps ago.
+	far     float64
+	unknown int
 }
+
+// remember is for how many sweeps the others' latency is believed.
+const remember = 300
 
 // step takes the median latencies of the zone and of the others, in nanoseconds; 0 is
 // unknown.
@@ -64,9 +73,17 @@ func (s *spill) step(near, far, overload float64) {
 	// To be overloaded is to be slower than usual and than the others: if all have become
 	// slow, nothing is gained elsewhere. That is not known before some have gone there. By a
 	// margin, as of two that are alike either is the slower half of the time.
-	if near > overload*s.usual && far*alike < near {
+	if s.unknown++; far > 0 {
+		s.far, s.unknown = far, 0
+	}
+	switch {
+	case near <= overload*s.usual:
+		s.extra = max(0, s.extra-spillDown)
+	case s.far == 0 || s.unknown > remember:
+		s.extra = max(explore, s.extra-spillDown)
+	case s.far*alike < near:
 		s.extra = min(1, s.extra+spillUp)
-	} else {
+	default:
 		s.extra = max(0, s.extra-spillDown)
 	}
 }
