@@ -23,6 +23,8 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc"
+
+	"github.com/bobtail-rpc/bobtail/hedging"
 )
 
 // Client applies a policy to the calls of any number of connections. What belongs
@@ -85,18 +87,23 @@ func (c *Client) once(key, msg string, args ...any) {
 // interceptor, which come after those of options given earlier; the balancer, as
 // the default service config; and grpc.WithDisableRetry, because grpc-go's own
 // retries below ours would multiply them. The last also silences a retryPolicy
-// that the resolver or an xDS server delivers.
+// that the resolver or an xDS server delivers. Where the policy ties a method there is a
+// stats handler too, which sees that a server starts a call.
 //
 // A service config from the resolver replaces the default one, and with it the
 // balancer: add grpc.WithDisableServiceConfig() where a resolver sends one
 // (etcd's does).
 func (c *Client) DialOptions() []grpc.DialOption {
-	return []grpc.DialOption{
+	opts := []grpc.DialOption{
 		grpc.WithChainUnaryInterceptor(c.unary),
 		grpc.WithChainStreamInterceptor(c.stream),
 		grpc.WithDefaultServiceConfig(c.dialed.serviceConfig()),
 		grpc.WithDisableRetry(),
 	}
+	if c.dialed.ties() {
+		opts = append(opts, grpc.WithStatsHandler(hedging.StatsHandler()))
+	}
+	return opts
 }
 
 // Update puts another policy in force for every connection at once: calls that
@@ -105,7 +112,8 @@ func (c *Client) DialOptions() []grpc.DialOption {
 //
 // What grpc was told when it dialed cannot change. Update returns an error, and
 // changes nothing, if p differs in loadBalancingConfig or in a key that is handed
-// to grpc (waitForReady, healthCheckConfig and the message size limits).
+// to grpc (waitForReady, healthCheckConfig and the message size limits), or if it ties a
+// method while the policy of [NewClient] tied none.
 func (c *Client) Update(p Policy) error {
 	var errs []error
 	if was, is := c.dialed.balancer(), p.balancer(); was != is {
@@ -113,6 +121,9 @@ func (c *Client) Update(p Policy) error {
 	}
 	if was, is := c.dialed.passed, p.passed; was != is {
 		errs = append(errs, fmt.Errorf("bobtail: update: keys handed to grpc %s, want %s: they are fixed when a connection is dialed", orNone(is), orNone(was)))
+	}
+	if p.ties() && !c.dialed.ties() {
+		errs = append(errs, errors.New("bobtail: update: tied true, want false as in the policy that was dialed with: the stats handler that tied calls need is fixed when a connection is dialed"))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err

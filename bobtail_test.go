@@ -3,7 +3,6 @@ package bobtail_test
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -464,12 +463,10 @@ func ExampleParsePolicy() {
 		}]
 	}`))
 	fmt.Println(err)
-	fmt.Println("for a later version:", errors.Is(err, bobtail.ErrNotSupported))
 	// Output:
 	// bobtail: policy: methodConfig[0].timeout: "250ms", want a duration in seconds such as "0.250s"
 	// bobtail: policy: methodConfig[0].hedgingPolicy.maxAttempts: missing
 	// bobtail: policy: methodConfig[0].hedgingPolicy.maxAttempt: unknown key, did you mean "maxAttempts"?
-	// for a later version: false
 }
 
 // While no backend is ready a call that is willing to wait waits, hedged or not.

@@ -15,6 +15,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
 	"github.com/bobtail-rpc/bobtail/internal/rpc"
 	"github.com/bobtail-rpc/bobtail/loadbalance"
+	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
 // The order of a call is fixed here and nowhere else, in one interceptor for each
@@ -31,7 +32,7 @@ import (
 func (c *Client) unary(ctx context.Context, name string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	m := c.method(cc, name).overridden(ctx, opts)
-	ctx = c.listening(ctx)
+	ctx = shedding.PropagateCriticality(c.listening(ctx))
 	if m.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, m.timeout)
@@ -83,7 +84,7 @@ func (m *method) invoke(ctx context.Context, name string, req, reply any, cc *gr
 func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string,
 	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	m := c.method(cc, name).overridden(ctx, opts)
-	ctx = c.listening(ctx)
+	ctx = shedding.PropagateCriticality(c.listening(ctx))
 	if m.timeout == 0 && m.guard == nil {
 		return m.open(ctx, desc, cc, name, streamer, opts...)
 	}

@@ -16,7 +16,7 @@ import (
 )
 
 // ErrNotSupported is what a fault of a policy document wraps when its key is one
-// of the design's that this version does not build yet.
+// of the design's that this version does not build. At present there is none.
 var ErrNotSupported = errors.New("not supported yet")
 
 // maxDepth bounds how deeply a document may nest: ours need 6.
@@ -341,16 +341,6 @@ func (r *reader) codes(key string) []codes.Code {
 		out = append(out, c)
 	}
 	return out
-}
-
-// notYet records keys of the design that a later version builds.
-func (r *reader) notYet(keys ...string) {
-	for _, k := range keys {
-		r.read = append(r.read, k)
-		if r.has(k) {
-			r.fault(k, "%w", ErrNotSupported)
-		}
-	}
 }
 
 // pass returns the JSON of a key that is handed to grpc as it is.

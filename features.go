@@ -99,10 +99,11 @@ func (r *reader) hedging() *hedging.Config {
 	} else if hasMax && c.MaxDelay < floor {
 		r.fault("maxHedgingDelay", "%v, want at least minHedgingDelay %v", c.MaxDelay, floor)
 	}
-	if tied, ok := r.boolean("tied"); ok && tied {
-		r.fault("tied", "%w", ErrNotSupported)
+	c.Tied, _ = r.boolean("tied")
+	c.TieDelay, _ = r.duration("tieDelay", "more than 0s", above0)
+	if r.has("tieDelay") && !c.Tied {
+		r.fault("tieDelay", "of what? want \"tied\": true beside it")
 	}
-	r.notYet("tieDelay")
 	if len(r.d.faults) > before {
 		return nil
 	}

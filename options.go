@@ -8,9 +8,11 @@ import (
 	"github.com/bobtail-rpc/bobtail/hedging"
 	"github.com/bobtail-rpc/bobtail/loadbalance"
 	"github.com/bobtail-rpc/bobtail/retry"
+	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
-// Option changes how a [Client] is built.
+// Option changes how a [Client] or a [Server] is built. One that is about the other of the
+// two is without effect.
 type Option func(*options)
 
 type options struct {
@@ -19,6 +21,10 @@ type options struct {
 	retryReports   func(context.Context, retry.Report)
 	refusalReports func(context.Context, Refusal)
 	balancerEvents func(loadbalance.Event)
+
+	serverReports func(context.Context, shedding.ServerEvent)
+	withoutTap    bool
+	health        interface{ Shutdown() }
 }
 
 func newOptions(opts []Option) options {
@@ -73,4 +79,24 @@ func WithRefusalReports(f func(context.Context, Refusal)) Option {
 // allocation.
 func WithBalancerEvents(f func(loadbalance.Event)) Option {
 	return func(o *options) { o.balancerEvents = f }
+}
+
+// WithServerReports tells f about each call that a [Server] admits or refuses: why, of which
+// class, and after how long in the queue. In mode shadow that is where to see what would
+// have been done. f must be quick, safe for concurrent use, and must not keep the context.
+func WithServerReports(f func(context.Context, shedding.ServerEvent)) Option {
+	return func(o *options) { o.serverReports = f }
+}
+
+// WithoutTap leaves the tap out of [Server.ServerOptions], because a grpc.Server can have but
+// one and panics when it is given two. Calls are then refused by the interceptors alone,
+// which costs more: a unary call has been decoded by then. See [Server.TapHandle].
+func WithoutTap() Option {
+	return func(o *options) { o.withoutTap = true }
+}
+
+// WithHealth has [Server.Drain] tell that the server is not serving any more, by the method
+// Shutdown of h, which is a *health.Server of package google.golang.org/grpc/health.
+func WithHealth(h interface{ Shutdown() }) Option {
+	return func(o *options) { o.health = h }
 }

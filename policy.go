@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -117,8 +118,7 @@ func DefaultPolicy() Policy {
 
 // ParsePolicy reads a policy document. Its error tells every fault at once, each
 // with its JSON path, the value and what is wanted there; unknown, null and
-// duplicate keys are faults. Keys of the design that this version does not build
-// yet are faults that wrap [ErrNotSupported].
+// duplicate keys are faults.
 func ParsePolicy(text []byte) (Policy, error) {
 	d := &document{what: "policy"}
 	p := Policy{names: map[string]int{}}
@@ -310,6 +310,12 @@ func (p *Policy) name(r *reader) {
 		return
 	}
 	p.names[path] = len(p.entries)
+}
+
+// ties reports whether the policy ties the calls of any method. The mode is not looked
+// at: it may be switched later.
+func (p *Policy) ties() bool {
+	return slices.ContainsFunc(p.entries, func(e entry) bool { return e.hedging != nil && e.hedging.Tied })
 }
 
 func mustJSON(v any) json.RawMessage {

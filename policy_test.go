@@ -2,7 +2,6 @@ package bobtail
 
 import (
 	"encoding/json"
-	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -148,9 +147,10 @@ var broken = []struct{ name, text, want string }{
 		`methodConfig[0].maxInFlight: 0, want an integer in [1, 1000000]`},
 	{"maxInFlight as an object", `{"methodConfig": [{"maxInFlight": {}}]}`,
 		`methodConfig[0].maxInFlight: an object, want an integer in [1, 1000000]`},
-	{"what later versions build", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "tied": true, "tieDelay": "1s"}}]}`,
-		"methodConfig[0].hedgingPolicy.tied: not supported yet\n" +
-			"methodConfig[0].hedgingPolicy.tieDelay: not supported yet"},
+	{"a tie delay of nothing", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "tied": false, "tieDelay": "0.002s"}}]}`,
+		`methodConfig[0].hedgingPolicy.tieDelay: of what? want "tied": true beside it`},
+	{"no tie delay", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "tied": true, "tieDelay": "0s"}}]}`,
+		`methodConfig[0].hedgingPolicy.tieDelay: "0s", want more than 0s`},
 	{"what grpc is handed", `{"methodConfig": [{"waitForReady": "yes", "maxRequestMessageBytes": -1}]}`,
 		"methodConfig[0].waitForReady: \"yes\", want true or false\nmethodConfig[0].maxRequestMessageBytes: -1, want an integer in [0, 2^53]"},
 	{"a format in a key", `{"a%d%s": 1}`, `a%d%s: unknown key, want one of loadBalancingPolicy, loadBalancingConfig, retryThrottling, extraLoad, mode, healthCheckConfig, methodConfig`},
@@ -175,9 +175,6 @@ func TestBrokenPolicies(t *testing.T) {
 			if err == nil || err.Error() != want {
 				t.Errorf("%s\n got: %v\nwant: %s", tc.text, err, want)
 			}
-			if got := errors.Is(err, ErrNotSupported); got != strings.Contains(tc.want, "not supported yet") {
-				t.Errorf("errors.Is(err, ErrNotSupported) is %v", got)
-			}
 		})
 	}
 }
@@ -196,7 +193,8 @@ const good = `{
     "mode": "on",
     "hedgingPolicy": {
       "maxAttempts": 9, "hedgingDelay": "0.010s", "nonFatalStatusCodes": ["unavailable", 10],
-      "hedgingPercentile": 95, "minHedgingDelay": "0.002s", "maxHedgingDelay": "0.100s", "tied": false
+      "hedgingPercentile": 95, "minHedgingDelay": "0.002s", "maxHedgingDelay": "0.100s",
+      "tied": true, "tieDelay": "0.0015s"
     },
     "waitForReady": true,
     "maxRequestMessageBytes": "4096"
@@ -229,6 +227,7 @@ func TestParsePolicy(t *testing.T) {
 			hedging: &hedging.Config{
 				MaxAttempts: 5, Delay: 10 * time.Millisecond, Percentile: 95,
 				MinDelay: 2 * time.Millisecond, MaxDelay: 100 * time.Millisecond,
+				Tied: true, TieDelay: 1500 * time.Microsecond,
 				NonFatalCodes: []codes.Code{codes.Unavailable, codes.Aborted},
 			},
 		}, {

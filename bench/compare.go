@@ -148,6 +148,17 @@ func findPolicies(names []string) ([]policy, error) {
 	return all, nil
 }
 
+// canShare finds policies that would need servers of their own where all take turns against
+// the same.
+func canShare(sc *scenario.Scenario, policies []policy) error {
+	for _, p := range policies {
+		if !sc.SideBySide && p.server.Policy != policies[0].server.Policy {
+			return usagef("--policies: %s and %s differ in their server policy, want a scenario with \"sideBySide\": true: in turns all have the same servers", policies[0].name, p.name)
+		}
+	}
+	return nil
+}
+
 func (s *settings) compare(cmd *cobra.Command) error {
 	sc, err := s.check(cmd)
 	if err != nil {
@@ -155,6 +166,9 @@ func (s *settings) compare(cmd *cobra.Command) error {
 	}
 	policies, err := findPolicies(sc.Policies)
 	if err != nil {
+		return err
+	}
+	if err := canShare(sc, policies); err != nil {
 		return err
 	}
 	r, err := s.measure(cmd, sc, policies)

@@ -73,7 +73,8 @@ func usagef(format string, args ...any) error { return usage(fmt.Errorf(format, 
 const help = `bench runs real gRPC servers on this machine's loopback, sends them requests under
 one policy after another, and prints what each did to the latency tail and what
 that cost. With nothing else it compares the built-in policies in the scenario
-"stragglers" and takes about 45 seconds. "bench scenarios" lists the others.
+"stragglers" and takes about 45 seconds. "bench scenarios" lists the others. "bench
+sweep" offers a server more and more load.
 
 How to read the table:
 
@@ -123,7 +124,7 @@ func newCommand() *cobra.Command {
 	}
 	root.Flags().AddFlagSet(compare.Flags())
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
-	root.AddCommand(compare, newScenarios(), newServe())
+	root.AddCommand(compare, newSweep(), newScenarios(), newServe())
 	return root
 }
 

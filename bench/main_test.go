@@ -4,16 +4,17 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
 	"go.uber.org/goleak"
 
+	"github.com/bobtail-rpc/bobtail/bench/report"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
 )
 
@@ -165,6 +166,47 @@ func TestCompareSideBySide(t *testing.T) {
 	}
 }
 
+// A sweep on real servers, briefly: as a table, for a plot, and interrupted.
+func TestSweep(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "mine.json")
+	err := os.WriteFile(path, []byte(`{"name":"mine","description":"of mine","backends":1,"rate":50,"requests":100,"timeout":"100ms",
+		"serviceTime":[{"constant":{"value":"20ms"}}],"sideBySide":true,"workers":2,"loads":[0.5,3],"criticality":{"critical":1,"sheddable":1}}`), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"sweep", "--scenario", path, "--duration", "1s", "--warmup", "0s"}
+	code, out, errs := bench(t, append(args, "--policies", "none,shed", "-O", "json")...)
+	if code != 0 && code != exitSaturated {
+		t.Fatalf("exit code %d: %s", code, errs)
+	}
+	var d struct {
+		Schema   int
+		Capacity float64 `json:"capacity_per_s"`
+		Points   []report.Point
+	}
+	if err := json.Unmarshal([]byte(out), &d); err != nil {
+		t.Fatalf("%v, of %q", err, out)
+	}
+	if d.Schema != 1 || d.Capacity != 100 || len(d.Points) != 4 {
+		t.Fatalf("schema %d, capacity %v, %d points, want 1, 100, 4", d.Schema, d.Capacity, len(d.Points))
+	}
+	for i, p := range d.Points {
+		if want := []string{"none", "shed"}[i%2]; p.Policy != want || p.Load != []float64{0.5, 3}[i/2] {
+			t.Errorf("point %d: %s at %vx", i, p.Policy, p.Load)
+		}
+		if math.Abs(p.OfferedPerS/(p.Load*100)-1) > 0.4 {
+			t.Errorf("%s at %gx: %.0f/s offered, want about %.0f", p.Policy, p.Load, p.OfferedPerS, p.Load*100)
+		}
+		if p.Calls < 10 || len(p.Classes) != 2 || p.Generator.LagP99Ms <= 0 {
+			t.Errorf("%+v, want calls of two classes, and the generator's lag", p)
+		}
+	}
+	code, out, errs = bench(t, append(args, "--policies", "shed", "--loads", "3x", "-O", "csv")...)
+	if lines := strings.Split(strings.TrimSpace(out), "\n"); code != 0 && code != exitSaturated || len(lines) != 2 || !strings.HasPrefix(lines[1], "shed,3,") {
+		t.Errorf("exit code %d, output %q: %s", code, out, errs)
+	}
+}
+
 // Bad input: exit 2, the flag, the value and the bound.
 func TestUsage(t *testing.T) {
 	bad := filepath.Join(t.TempDir(), "bad.json")
@@ -193,7 +235,7 @@ func TestUsage(t *testing.T) {
 		{"--timeout 0s", []string{"--timeout 0s"}},
 		{"--arrivals bursts", []string{`--arrivals "bursts", want poisson or uniform`}},
 		{"-O xml", []string{`--output "xml", want table or json`}},
-		{"--scenario nonesuch", []string{"--scenario nonesuch", "stragglers, bigtable, blackhole, cold-start, error-burst, gc-pause, healthy, hot-key, metastable, outage, sinkhole, skewed, slow-replica"}},
+		{"--scenario nonesuch", []string{"--scenario nonesuch", "stragglers, bigtable, blackhole, cold-start, error-burst, gc-pause, healthy, hot-key, metastable, outage, overload, sinkhole, skewed, slow-replica, tied"}},
 		{"--scenario nonesuch.json", []string{"nonesuch.json"}},
 		{"--scenario " + bad, []string{"--scenario", "$.methodConfig: unknown key", "$.name: missing"}},
 		{"--scenario " + faulty, []string{"--scenario", "$.faults[0].for: missing", "$.faults[1].every: 14s, want at least from + for, 15s", "$.workers: 1, want \"sideBySide\": true"}},
@@ -204,6 +246,19 @@ func TestUsage(t *testing.T) {
 		{"--nonesuch", []string{"--nonesuch"}},
 		{"nonesuch", []string{"nonesuch"}},
 		{"compare nonesuch", []string{"nonesuch"}},
+		{"--policies none,shed", []string{"--policies: none and shed differ in their server policy", "sideBySide"}},
+		{"sweep nonesuch", []string{"nonesuch"}},
+		{"sweep --loads 0", []string{"--loads 0, want 0.01 to 100"}},
+		{"sweep --loads 1,lots", []string{"--loads lots, want 0.01 to 100"}},
+		{"sweep --loads NaN", []string{"--loads NaN"}},
+		{"sweep --duration 10ms", []string{"--duration 10ms, want 1s to 1h"}},
+		{"sweep --warmup -1s", []string{"--warmup -1s, want 0s to 1h"}},
+		{"sweep -O xml", []string{`--output "xml", want table, json or csv`}},
+		{"sweep --scenario nonesuch", []string{"--scenario nonesuch", "overload"}},
+		{"sweep --scenario stragglers", []string{"--scenario stragglers: no workers"}},
+		{"sweep --scenario metastable", []string{"--scenario metastable: faults that begin or end"}},
+		{"sweep --policies none+nonesuch", []string{"--policies: no server policy \"nonesuch\""}},
+		{"sweep --policies none,none", []string{"--policies: none is named twice"}},
 	} {
 		code, out, errs := bench(t, strings.Fields(c.args)...)
 		if code != exitUsage || out != "" {
@@ -240,8 +295,8 @@ func TestListsAndHelp(t *testing.T) {
 func TestPolicies(t *testing.T) {
 	for _, name := range scenario.Names() {
 		for _, p := range named(t, name).Policies {
-			if !slices.Contains(policyNames(), p) {
-				t.Errorf("scenario %s: no policy %q", name, p)
+			if _, err := findPolicy(p); err != nil {
+				t.Errorf("scenario %s: %v", name, err)
 			}
 		}
 	}
@@ -254,39 +309,54 @@ func TestPolicies(t *testing.T) {
 
 // Ctrl-C: the report of what there is, and exit code 130.
 func TestInterrupt(t *testing.T) {
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	for scenario, sig := range map[string]os.Signal{"stragglers": os.Interrupt, "slow-replica": syscall.SIGTERM, "outage": os.Interrupt} {
-		cmd := exec.Command(self, "--scenario", scenario, "--policies", "none", "--rate", "200", "--duration", "10m", "--block", "50ms", "--warmup", "0s", "-O", "json")
-		cmd.Env = append(os.Environ(), "BENCH_TEST_MAIN=1", "BENCH_PROGRESS_EVERY=1ns")
-		var out bytes.Buffer
-		cmd.Stdout = &out
-		errs, err := cmd.StderrPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		lines := bufio.NewScanner(errs)
-		for n := 0; n < 6 && lines.Scan(); n++ { // six blocks have been sent
-			if n == 5 {
-				if err := cmd.Process.Signal(sig); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		for lines.Scan() { // to its end
-		}
-		err = cmd.Wait()
-		if code := cmd.ProcessState.ExitCode(); code != exitInterrupted {
-			t.Errorf("%s, %v: exit code %d (%v), want %d", scenario, sig, code, err, exitInterrupted)
-		}
-		d := decode(t, out.String())
+		d := decode(t, interruptedRun(t, sig, "--scenario", scenario, "--policies", "none", "--rate", "200", "--duration", "10m", "--block", "50ms", "--warmup", "0s", "-O", "json"))
 		if !d.Interrupted || d.Runs[0].Calls == 0 {
 			t.Errorf("%s, %v: interrupted %v, %d calls", scenario, sig, d.Interrupted, d.Runs[0].Calls)
 		}
 	}
+	var d struct {
+		Interrupted bool
+		Points      []report.Point
+	}
+	out := interruptedRun(t, os.Interrupt, "sweep", "--policies", "none", "--loads", "0.1", "--duration", "10m", "--warmup", "0s", "-O", "json")
+	if err := json.Unmarshal([]byte(out), &d); err != nil || !d.Interrupted || len(d.Points) != 1 || d.Points[0].Calls == 0 {
+		t.Errorf("%v, of %s, want one point, interrupted", err, out)
+	}
+}
+
+// interruptedRun runs the program, sends it the signal after six blocks, and returns its
+// output.
+func interruptedRun(t *testing.T, sig os.Signal, args ...string) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, args...)
+	cmd.Env = append(os.Environ(), "BENCH_TEST_MAIN=1", "BENCH_PROGRESS_EVERY=1ns")
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	errs, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(errs)
+	for n := 0; n < 6 && lines.Scan(); n++ { // six blocks have been sent
+		if n == 5 {
+			if err := cmd.Process.Signal(sig); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for lines.Scan() { // to its end
+	}
+	err = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != exitInterrupted {
+		t.Errorf("%v, %v: exit code %d (%v), want %d", args, sig, code, err, exitInterrupted)
+	}
+	return out.String()
 }

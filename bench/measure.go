@@ -79,9 +79,9 @@ func (s *settings) fleets(ctx context.Context, sc *scenario.Scenario, policies [
 	if err != nil {
 		return nil, end, fmt.Errorf("find this program, to start the backends: %w", err)
 	}
-	for _, r := range reportsOf(policies, sc.SideBySide) {
+	for _, install := range serversOf(policies, sc.SideBySide) {
 		f, err := fleet.Start(ctx, fleet.Config{
-			Scenario: sc, Seed: s.seed, Command: []string{self, "serve"}, Processes: s.children, Reports: r,
+			Scenario: sc, Seed: s.seed, Command: []string{self, "serve"}, Processes: s.children, Server: install,
 		})
 		if err != nil {
 			return nil, end, err
@@ -91,17 +91,17 @@ func (s *settings) fleets(ctx context.Context, sc *scenario.Scenario, policies [
 	return all, end, nil
 }
 
-// reportsOf returns what the servers of each fleet report.
-func reportsOf(policies []policy, sideBySide bool) []fleet.Reports {
-	var reports []fleet.Reports
+// serversOf returns what is installed in the servers of each fleet.
+func serversOf(policies []policy, sideBySide bool) []fleet.Server {
+	var servers []fleet.Server
 	for _, p := range policies {
-		if len(reports) == 0 || sideBySide {
-			reports = append(reports, fleet.Reports{})
+		if len(servers) == 0 || sideBySide {
+			servers = append(servers, fleet.Server{})
 		}
-		last := &reports[len(reports)-1]
-		*last = last.Or(p.reports)
+		last := &servers[len(servers)-1]
+		*last = last.With(p.server)
 	}
-	return reports
+	return servers
 }
 
 // interrupted gives the exit code of Ctrl-C to an error that it caused.

@@ -16,13 +16,14 @@ import (
 	"github.com/bobtail-rpc/bobtail/bench/fleet"
 )
 
-// A policy is a name in the table and the dial options that make it so. Its state
+// A policy is a name in the table, the dial options that make it so, and what its servers
+// have for it. Its state
 // (budgets, breakers, what it has learned) lives in the options: clients that are to
 // share none look it up each for itself.
 type policy struct {
-	name    string
-	opts    []grpc.DialOption
-	reports fleet.Reports // what its servers must report
+	name   string
+	opts   []grpc.DialOption
+	server fleet.Server // what its servers must have
 }
 
 // options makes a policy's dial options.
@@ -48,24 +49,40 @@ var builtin = []builtinPolicy{
 	{"retry", "p2c, and up to 4 attempts of what is UNAVAILABLE, within 5% of extra load in any second", embedded("retry")},
 	{"retry-naive", "up to 4 attempts by grpc's own retry over round_robin, with nothing that bounds the load", serviceConfig(naiveConfig)},
 	{"breaker", "p2c, and a circuit breaker: calls fail here while half of them fail there", embedded("breaker")},
-	{"full", "what bobtail does by default", func() ([]grpc.DialOption, error) { return install(bobtail.DefaultPolicy()) }},
+	{"full", "what bobtail does by default", full},
+	{"shed", "none+shed: bobtail's default server, under a client that does nothing", serviceConfig(noneConfig)},
+	{"static", "none+static: a server that refuses what is more than 32 calls at once", serviceConfig(noneConfig)},
+	{"shed+client", "full+shed: both sides of bobtail, each by its default", full},
+	{"tied", "hedging with tied requests: a copy that still waits is cancelled when the other begins", embedded("tied")},
+}
+
+func full() ([]grpc.DialOption, error) { return install(bobtail.DefaultPolicy()) }
+
+// servers lists what can stand after the "+" of a policy, beside server policy documents.
+var servers = []struct{ name, shows string }{
+	{"shed", "bobtail's default server policy"},
+	{"static", "no more than 32 calls at once (four times the workers of the scenario overload), without a queue"},
+	{"fifo", "one call at once, and a queue for all others: for a server of one worker"},
 }
 
 // needs lists the policies that depend on a balancer that may not be linked, or on what
-// servers report.
+// servers have.
 var needs = map[string]struct {
-	balancer string
-	reports  fleet.Reports
+	balancer string // "": any
+	server   fleet.Server
 }{
-	"weighted_round_robin": {"weighted_round_robin", fleet.Reports{ORCA: true}},
-	"prequal":              {"bobtail_prequal", fleet.Reports{Probes: true}},
+	"weighted_round_robin": {"weighted_round_robin", fleet.Server{ORCA: true}},
+	"prequal":              {"bobtail_prequal", fleet.Server{Probes: true}},
+	"shed":                 {"", fleet.Server{Policy: fleet.DefaultPolicy}},
+	"static":               {"", fleet.Server{Policy: policyText("server/static")}},
+	"shed+client":          {"", fleet.Server{Policy: fleet.DefaultPolicy}},
 }
 
 // A policy whose balancer is not linked is none.
 func init() {
 	builtin = slices.DeleteFunc(builtin, func(p builtinPolicy) bool {
-		n, ok := needs[p.name]
-		return ok && balancer.Get(n.balancer) == nil
+		n := needs[p.name]
+		return n.balancer != "" && balancer.Get(n.balancer) == nil
 	})
 }
 
@@ -92,27 +109,96 @@ const naiveConfig = `{
   }]
 }`
 
-//go:embed policies/*.json
+//go:embed policies
 var documents embed.FS
 
-// findPolicy looks a policy up: a name of builtin, or a policy document *.json,
-// which then goes by its file's name.
+// policyText is policies/<name>.json.
+func policyText(name string) string {
+	doc, err := documents.ReadFile("policies/" + name + ".json")
+	if err != nil {
+		panic(err) // embedded: cannot fail
+	}
+	return string(doc)
+}
+
+// findPolicy looks a policy up: a name of builtin, or a policy document *.json, which then
+// goes by its file's name. After a "+" may stand what its servers are to have: a name of
+// servers, or a server policy document *.json.
 func findPolicy(name string) (policy, error) {
+	if p, ok, err := findBuiltin(name); ok {
+		return p, err
+	}
 	if base, isFile := strings.CutSuffix(filepath.Base(name), ".json"); isFile {
 		doc, err := os.ReadFile(name)
+		if err == nil {
+			return newPolicy(base, parsed(doc))
+		}
+		if !strings.Contains(name, "+") { // which a path may have in it
+			return policy{}, err
+		}
+	}
+	if client, server, both := cutServer(name); both {
+		p, err := findPolicy(client)
 		if err != nil {
 			return policy{}, err
 		}
-		return newPolicy(base, parsed(doc))
-	}
-	for _, p := range builtin {
-		if p.name == name {
-			q, err := newPolicy(name, p.options)
-			q.reports = needs[name].reports
-			return q, err
+		if p.server.Policy != "" {
+			return policy{}, fmt.Errorf("policy %s: %s has a server policy already, want a policy of clients before the +", name, client)
 		}
+		label, doc, err := findServer(server)
+		if err != nil {
+			return policy{}, err
+		}
+		p.name += "+" + label
+		p.server.Policy = doc
+		return p, nil
 	}
 	return policy{}, fmt.Errorf("no policy %q, want one of %s, or a policy document *.json", name, strings.Join(policyNames(), ", "))
+}
+
+// cutServer cuts "client+server". The "+" of a path is none of its own.
+func cutServer(name string) (client, server string, ok bool) {
+	if client, server, ok = strings.Cut(name, ".json+"); ok {
+		return client + ".json", server, true
+	}
+	return strings.Cut(name, "+")
+}
+
+func findBuiltin(name string) (p policy, ok bool, err error) {
+	for _, b := range builtin {
+		if b.name == name {
+			p, err = newPolicy(name, b.options)
+			p.server = needs[name].server
+			return p, true, err
+		}
+	}
+	return p, false, nil
+}
+
+// findServer returns the name in the table of a server policy, and its document.
+func findServer(name string) (label, doc string, err error) {
+	if name == "shed" {
+		return name, fleet.DefaultPolicy, nil
+	}
+	var names []string
+	for _, s := range servers {
+		if s.name == name {
+			return name, policyText("server/" + name), nil
+		}
+		names = append(names, s.name)
+	}
+	label, isFile := strings.CutSuffix(filepath.Base(name), ".json")
+	if !isFile {
+		return "", "", fmt.Errorf("no server policy %q, want one of %s, or a server policy document *.json", name, strings.Join(names, ", "))
+	}
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return "", "", err
+	}
+	if err := fleet.CheckPolicy(string(text)); err != nil {
+		return "", "", fmt.Errorf("server policy %s: %w", label, err)
+	}
+	return label, string(text), nil
 }
 
 func newPolicy(name string, o options) (policy, error) {
@@ -132,13 +218,7 @@ func serviceConfig(config string) options {
 
 // embedded is the document policies/<name>.json.
 func embedded(name string) options {
-	return func() ([]grpc.DialOption, error) {
-		doc, err := documents.ReadFile("policies/" + name + ".json")
-		if err != nil {
-			return nil, err
-		}
-		return parsed(doc)()
-	}
+	return func() ([]grpc.DialOption, error) { return parsed([]byte(policyText(name)))() }
 }
 
 // parsed is a policy document.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/vbauerster/mpb/v8"
@@ -18,6 +19,7 @@ import (
 type progress struct {
 	w    io.Writer
 	name string
+	now  atomic.Value // string: what is being done; atomic because the bar draws by itself
 
 	bars *mpb.Progress // nil: lines
 	bar  *mpb.Bar
@@ -42,11 +44,21 @@ func newProgress(w io.Writer, name string) *progress {
 		p.bars = mpb.New(mpb.WithOutput(w), mpb.WithWidth(40), mpb.WithRefreshRate(250*time.Millisecond))
 		p.bar = p.bars.AddBar(0,
 			mpb.BarRemoveOnComplete(),
-			mpb.PrependDecorators(decor.Name(name+" ")),
+			mpb.PrependDecorators(decor.Any(func(decor.Statistics) string { return p.title() + " " })),
 			mpb.AppendDecorators(decor.CountersNoUnit("%d / %d requests "), decor.Elapsed(decor.ET_STYLE_MMSS)),
 		)
 	}
 	return p
+}
+
+// at tells what is being done from now on.
+func (p *progress) at(what string) { p.now.Store(what) }
+
+func (p *progress) title() string {
+	if now, ok := p.now.Load().(string); ok {
+		return p.name + " " + now
+	}
+	return p.name
 }
 
 // update is called from one goroutine, once per block.
@@ -58,7 +70,7 @@ func (p *progress) update(at experiment.Progress) {
 	}
 	if now := time.Now(); now.Sub(p.last) >= p.every {
 		p.last = now
-		fmt.Fprintf(p.w, "bench: %s: %d of about %d requests, %v\n", p.name, at.Sent, at.Total, now.Sub(p.began).Round(time.Second))
+		fmt.Fprintf(p.w, "bench: %s: %d of about %d requests, %v\n", p.title(), at.Sent, at.Total, now.Sub(p.began).Round(time.Second))
 	}
 }
 

@@ -28,7 +28,11 @@ func newScenarios() *cobra.Command {
 			for _, p := range builtin {
 				fmt.Fprintf(out, "  %-21s %s\n", p.name, p.shows)
 			}
-			fmt.Fprintln(out, "\nBoth flags also take files *.json: a scenario, a policy document.")
+			fmt.Fprintln(out, "\nServer policies, after a policy and a \"+\", as in \"retry+shed\":")
+			for _, p := range servers {
+				fmt.Fprintf(out, "  %-21s %s\n", p.name, p.shows)
+			}
+			fmt.Fprintln(out, "\nAll take files *.json, too: a scenario, a policy document, a server policy document.")
 			return nil
 		},
 	}

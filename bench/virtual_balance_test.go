@@ -33,7 +33,7 @@ func play(t *testing.T, sc *scenario.Scenario, seed uint64, policyName string) (
 			t.Fatal(err)
 		}
 		var o observer
-		cc := virtualFleet(t, sc, seed, p.reports, &o).Dial(append(p.opts, load.CountAttempts())...)
+		cc := virtualFleet(t, sc, seed, p.server, &o).Dial(append(p.opts, load.CountAttempts())...)
 		cc.Connect()
 		time.Sleep(time.Second) // every backend is ready
 

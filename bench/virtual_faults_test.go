@@ -151,6 +151,16 @@ func TestVirtualMetastable(t *testing.T) {
 	}
 }
 
+// A server that takes in no more than it can do has no backlog to work off: it is back at
+// once, whatever its clients do, where the plain pair never is.
+func TestVirtualMetastableServer(t *testing.T) {
+	sc := named(t, "metastable")
+	sc.Requests = int(40 * sc.Rate)
+	for _, run := range sideBySide(t, sc, seed, "shed", "shed+client", "retry-naive+shed") {
+		recovers(t, run, 5)
+	}
+}
+
 // One retry, as in the paper: the server is kept at twice the load, for good.
 func TestVirtualMetastableOnce(t *testing.T) {
 	if testing.Short() {

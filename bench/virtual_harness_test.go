@@ -76,11 +76,23 @@ type backends struct {
 	t *testing.T
 	// Atomic because one that was down listens anew, under dialing clients.
 	listeners []atomic.Pointer[bufconn.Listener]
+	servers   []*fleet.Backend
+}
+
+// work is what all handlers did.
+func (f *backends) work() (sum fleet.Work) {
+	for _, b := range f.servers {
+		w := b.Work()
+		sum.Runs += w.Runs
+		sum.Worked += w.Worked
+		sum.Unused += w.Unused
+	}
+	return sum
 }
 
 // virtualFleet plays a scenario's backends. Call it, and look policies up, inside
 // a bubble.
-func virtualFleet(t *testing.T, sc *scenario.Scenario, seed uint64, r fleet.Reports, o *observer) *backends {
+func virtualFleet(t *testing.T, sc *scenario.Scenario, seed uint64, install fleet.Server, o *observer) *backends {
 	f := &backends{t: t, listeners: make([]atomic.Pointer[bufconn.Listener], sc.Backends)}
 	ctx, stop := context.WithCancel(t.Context())
 	var servers sync.WaitGroup
@@ -102,10 +114,11 @@ func virtualFleet(t *testing.T, sc *scenario.Scenario, seed uint64, r fleet.Repo
 			return res, err
 		}
 		b := fleet.NewBackend(sc, seed, i, virtualSleep)
+		f.servers = append(f.servers, b)
 		lis, _ := listen()
 		servers.Go(func() {
 			// A bubble must not end before its handlers have: Stop waits for them.
-			err := fleet.Play(ctx, b, r, lis, listen, grpc.WaitForHandlers(true), grpc.ChainUnaryInterceptor(observe))
+			err := fleet.Play(ctx, b, install, lis, listen, grpc.WaitForHandlers(true), grpc.ChainUnaryInterceptor(observe))
 			if err != nil {
 				t.Error(err)
 			}
@@ -192,7 +205,7 @@ func sideBySideOf(t *testing.T, sc *scenario.Scenario, seed uint64, policies ...
 	synctest.Test(t, func(t *testing.T) {
 		c := experiment.Config{Scenario: sc, Seed: seed, Block: 500 * time.Millisecond, Warmup: time.Second, Sleep: virtualSleep}
 		for _, p := range policies {
-			cc := virtualFleet(t, sc, seed, p.reports, nil).Dial(append(p.opts, load.CountAttempts())...)
+			cc := virtualFleet(t, sc, seed, p.server, nil).Dial(append(p.opts, load.CountAttempts())...)
 			c.Arms = append(c.Arms, experiment.Arm{Name: p.name, Conn: cc})
 		}
 		r, err := experiment.Run(t.Context(), c)

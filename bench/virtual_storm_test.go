@@ -45,7 +45,7 @@ func brew(t *testing.T, clients int, rate float64, policy options) (s storm) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		var o observer
-		f := virtualFleet(t, sc, seed, fleet.Reports{}, &o)
+		f := virtualFleet(t, sc, seed, fleet.Server{}, &o)
 		var callers []*load.Caller
 		for range clients {
 			opts, err := policy()

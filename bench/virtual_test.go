@@ -38,7 +38,7 @@ func virtual(t *testing.T, scenarioName, policyName string, seed uint64, warm, c
 		if err != nil {
 			t.Fatal(err)
 		}
-		cc := virtualFleet(t, sc, seed, p.reports, nil).Dial(append(p.opts, load.CountAttempts())...)
+		cc := virtualFleet(t, sc, seed, p.server, nil).Dial(append(p.opts, load.CountAttempts())...)
 		cc.Connect()
 		time.Sleep(time.Second) // every backend is ready
 

@@ -44,7 +44,10 @@
 // without a gRPC status is UNKNOWN. CANCELLED counts for nothing: the caller has left, and
 // nobody knows. Neither does a refusal made in this process. RESOURCE_EXHAUSTED is a
 // failure for the throttle, which exists to heed it, and nothing for the breaker: one
-// caller over its quota must not cut off the others. All else is success, NOT_FOUND and
+// caller over its quota must not cut off the others. Likewise the refusals of an overloaded
+// bobtail server, which it marks as such: OVERLOADED, QUEUE_TIMEOUT, DEADLINE_HOPELESS,
+// TENANT_QUOTA and DRAINING. They are UNAVAILABLE and the like, but no call of them reached its handler,
+// and the server goes on serving as many as it can. All else is success, NOT_FOUND and
 // INVALID_ARGUMENT too: an answer proves that the server works, and a half-open breaker
 // must be able to close on answers like these.
 //

@@ -20,7 +20,7 @@ type Permit struct {
 
 // Done ends a call that returned err, as the package documentation says what counts. It
 // is for calls by gRPC: an error without a status is a failure.
-func (p *Permit) Done(err error) { p.end(outcome.Of(err), true) }
+func (p *Permit) Done(err error) { p.end(outcomeOf(err), true) }
 
 // DoneStream is [Permit.Done] for a stream: io.EOF is its success. How long it lived is no
 // latency, so it is never slow.
@@ -28,7 +28,16 @@ func (p *Permit) DoneStream(err error) {
 	if err == io.EOF {
 		err = nil
 	}
-	p.end(outcome.Of(err), false)
+	p.end(outcomeOf(err), false)
+}
+
+// outcomeOf is what a call's error says about the method. That its server is overloaded is
+// for the throttle to heed: a breaker would refuse those that it could serve, too.
+func outcomeOf(err error) outcome.Outcome {
+	if outcome.Overloaded(err) {
+		return outcome.Ignored
+	}
+	return outcome.Of(err)
 }
 
 // Success ends a call that the server answered.

@@ -41,10 +41,28 @@ type Config struct {
 	// above keeps hedging alive when a bad replica drags the percentile up.
 	MinDelay, MaxDelay time.Duration
 
+	// Tied makes unary calls tied ones ("The Tail at Scale"): a copy of a call that no
+	// server has begun to serve after TieDelay goes to another, and when one of them
+	// starts its handler the copies still queued elsewhere are cancelled. So a call waits
+	// in the shortest of several queues and yet is served once. Once a handler has
+	// started, Delay or Percentile, if given, hedge it should it be slow; the delay
+	// counts from that start. A Delay of 0 then hedges nothing.
+	//
+	// The servers must say when they start, as those of package shedding do, and the
+	// connection needs [StatsHandler]. Without either the copy is a hedge, sent at the tie
+	// delay, which the Budget has to bound. Streams, and calls of [Do], are not tied.
+	Tied bool
+	// TieDelay is the time between the copies of a tied call, at least 0. 0, the
+	// default, is twice the smoothed one-way delay to a server that need not queue the
+	// call, with four times its deviation on top, in [1 ms, 100 ms]: 1 ms until it is
+	// known, from 8 calls. Much below it both of two idle servers start.
+	TieDelay time.Duration
+
 	// NonFatalCodes are the status codes after which a sibling may still
 	// succeed: such a failure sends the next attempt at once, and the call fails
-	// only when all attempts have. Any other code ends the call. OK is not
-	// allowed in it. Default none.
+	// only when all attempts have. Any other code ends the call, unless it is the
+	// refusal of an overloaded bobtail server and another attempt is in flight. OK is
+	// not allowed in it. Default none.
 	NonFatalCodes []codes.Code
 
 	// Budget pays for the attempts after the first. nil is no bound, as in A6:
@@ -123,10 +141,14 @@ type Report struct {
 	Method string
 	// Attempts is how many attempts had been sent when the call was decided.
 	Attempts int
+	// Withdrawn is how many of them were cancelled because another attempt of the tied
+	// call had been started by its server.
+	Withdrawn int
 	// Winner is the number of the attempt whose result was returned, from 1; 0
 	// if the caller's context ended the call first.
 	Winner int
-	// Delay is the hedging delay in force; negative if it was not known yet.
+	// Delay is the hedging delay in force; negative if it was not known yet. Of a tied
+	// call it is the tie delay until a handler has started.
 	Delay time.Duration
 	// Suppressed is why the last hedge that was due was not sent, or "".
 	Suppressed Reason
@@ -157,6 +179,12 @@ func (c Config) Validate() error {
 	}
 	if c.Percentile == 0 && (c.MinDelay != 0 || c.MaxDelay != 0) {
 		bad("min and max delay bound an adaptive delay, want a percentile beside them")
+	}
+	if c.TieDelay < 0 {
+		bad("tie delay %v, want at least 0", c.TieDelay)
+	}
+	if c.TieDelay > 0 && !c.Tied {
+		bad("tie delay %v, want tied beside it", c.TieDelay)
 	}
 	for _, code := range c.NonFatalCodes {
 		if code == codes.OK || code > codes.Unauthenticated {

@@ -13,10 +13,13 @@ import (
 //
 //	start ----> step{launch 1}
 //	tick -----> the next attempt is due: step{launch 1}, or nothing yet
+//	begin ----> the handler of a tied attempt has started: withdraw the others
 //	end ------> success or fatal: step{winner k}; non-fatal: the next at once
 //	unsent ---> the attempt had nowhere to go and was never launched
 type core struct {
-	delay time.Duration // between attempts; 0: all at once; negative: none by time
+	// delay is the time between attempts; 0: all at once; negative: none by time. Of a
+	// tied call it is the tie delay until a handler has started.
+	delay time.Duration
 	// deadline is the call's; noTime when it has none.
 	deadline time.Duration
 	// next is when an attempt is due by time; noTime when none is.
@@ -39,6 +42,10 @@ type core struct {
 	owed   bool
 	frozen bool // no further attempts, whatever happens
 	over   bool
+	// begun is set when the handler of a tied attempt has started, which happens once in
+	// a call: an attempt sent later is a hedge or follows a failure.
+	begun     bool
+	withdrawn int8 // attempts launched and then cancelled for that reason
 }
 
 // noTime stands for a time that does not come.
@@ -46,9 +53,12 @@ const noTime = time.Duration(math.MaxInt64)
 
 // step is what the owner has to do after an event.
 type step struct {
-	launch int16         // how many attempts to launch now, numbered up to core.number
-	wake   time.Duration // when to call tick; noTime: not at all
-	winner int16         // if not 0, return this attempt's result and cancel the others
+	launch int16 // how many attempts to launch now, numbered up to core.number
+	// withdraw says to cancel all attempts in flight but the one that has begun. They
+	// are no longer core's: no end follows, but save if one has succeeded after all.
+	withdraw bool
+	wake     time.Duration // when to call tick; noTime: not at all
+	winner   int16         // if not 0, return this attempt's result and cancel the others
 }
 
 // idle is the step of doing nothing.
@@ -166,6 +176,33 @@ func (c *core) end(now time.Duration, k int16, r result, g gate) step {
 		return c.rest()
 	}
 	return c.atOnce(now, g)
+}
+
+// begin is the start of the handler of a tied attempt: one still queued elsewhere could
+// only repeat the work. It gives its place back, for another to be sent should the one
+// that goes on fail. From now on hedges are for a handler that is slow; their delay, which
+// may have changed, counts from here, since the wait until now says nothing of it.
+func (c *core) begin(now, delay time.Duration) step {
+	if c.over || c.begun {
+		return step{wake: c.next}
+	}
+	c.begun, c.delay = true, delay
+	n := c.running - 1
+	c.running -= n
+	c.sent -= n
+	c.withdrawn += int8(n)
+	if !c.pushed {
+		c.schedule(now)
+	}
+	return step{withdraw: n > 0, wake: c.next}
+}
+
+// save is the success of an attempt that was withdrawn too late.
+func (c *core) save(k int16) step {
+	if c.over {
+		return idle
+	}
+	return c.finish(k)
 }
 
 // unsent takes attempt k back: no endpoint was free for it, so it was never

@@ -25,8 +25,8 @@ func (s *script) permit(time.Duration, bool) verdict {
 // event is one row: what happens at a time, and the step that must follow.
 type event struct {
 	at   time.Duration
-	what string // "start", "tick", "ok K", "fatal K", "fail K", "stop K", "push K N" (N ms), "unsent K"
-	want string // "launch N", "wake N" (ms), "winner K", in this order, or ""
+	what string // "start", "tick", "ok K", "fatal K", "fail K", "stop K", "push K N" (N ms), "unsent K", "begin D" (D ms), "save K"
+	want string // "launch N", "withdraw", "wake N" (ms), "winner K", in this order, or ""
 }
 
 func play(t *testing.T, c *core, g gate, events []event) {
@@ -55,12 +55,19 @@ func play(t *testing.T, c *core, g gate, events []event) {
 			s = c.end(now, k, result{class: nonFatal, hasWait: true, wait: time.Duration(n) * ms}, g)
 		case "unsent":
 			s = c.unsent(now, k, g)
+		case "begin":
+			s = c.begin(now, time.Duration(k)*ms)
+		case "save":
+			s = c.save(k)
 		default:
 			t.Fatalf("row %d: no event %q", i, e.what)
 		}
 		var got []string
 		if s.launch > 0 {
 			got = append(got, fmt.Sprintf("launch %d", s.launch))
+		}
+		if s.withdraw {
+			got = append(got, "withdraw")
 		}
 		if s.wake != noTime {
 			got = append(got, fmt.Sprintf("wake %d", s.wake/ms))

@@ -37,6 +37,7 @@ type Hedger struct {
 	attempts int
 	nonFatal uint32 // a bit for each code
 	latency  *latency.Tracker
+	distance *distance
 	start    time.Time
 	// known is the adaptive delay as last worked out, good until knownUntil, in
 	// nanoseconds since start. Atomics because every call reads them; one may be
@@ -54,7 +55,7 @@ func New(cfg Config) (*Hedger, error) {
 		return nil, err
 	}
 	now := time.Now()
-	return build(cfg, latency.New(Window, now), now), nil
+	return build(cfg, latency.New(Window, now), &distance{}, now), nil
 }
 
 // With returns a Hedger with another configuration that keeps, and goes on
@@ -63,11 +64,11 @@ func (h *Hedger) With(cfg Config) (*Hedger, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return build(cfg, h.latency, h.start), nil
+	return build(cfg, h.latency, h.distance, h.start), nil
 }
 
-func build(cfg Config, t *latency.Tracker, start time.Time) *Hedger {
-	h := &Hedger{cfg: cfg, attempts: min(cfg.MaxAttempts, MaxAttemptsCap), latency: t, start: start}
+func build(cfg Config, t *latency.Tracker, d *distance, start time.Time) *Hedger {
+	h := &Hedger{cfg: cfg, attempts: min(cfg.MaxAttempts, MaxAttemptsCap), latency: t, distance: d, start: start}
 	for _, code := range cfg.NonFatalCodes {
 		h.nonFatal |= 1 << code
 	}
@@ -87,6 +88,9 @@ func (h *Hedger) Delay(now time.Time) (d time.Duration, ok bool) {
 // delay is what the core takes: negative while no hedge is sent by time.
 func (h *Hedger) delay(now time.Time) time.Duration {
 	if h.cfg.Percentile == 0 {
+		if h.cfg.Tied && h.cfg.Delay == 0 {
+			return -1 // there is the tie delay: A6's "all at once" is not what is meant
+		}
 		return h.cfg.Delay
 	}
 	at := int64(now.Sub(h.start))

@@ -61,7 +61,7 @@ func newMethods(cfg Config) *methods {
 	}
 	m.Map = permethod.New(func(string) *Hedger {
 		now := time.Now()
-		return build(cfg, latency.New(Window, now), now)
+		return build(cfg, latency.New(Window, now), &distance{}, now)
 	})
 	return m
 }

@@ -34,6 +34,7 @@ type race struct {
 	// single is set when what is sent or received is no proto message, and so can be
 	// neither sent nor received twice.
 	single bool
+	tied   bool // its attempts are marked, see tied.go
 
 	mu      sync.Mutex // guards everything below until the race is decided
 	core    core
@@ -53,6 +54,7 @@ type race struct {
 type rare struct {
 	hedges     []*branch // all attempts but the first
 	suppressed Reason
+	leader     *branch       // for whose sake others were withdrawn
 	woken      chan struct{} // closed when the race is decided, if the caller waits
 }
 
@@ -82,7 +84,13 @@ type branch struct {
 	cancel  context.CancelFunc
 	attempt attempt.Attempt
 	started time.Duration // since the race began
-	inline  bool          // runs on the caller's goroutine
+	// begun is set when the server has said that the handler of this tied attempt has
+	// started. An atomic because the connection's reader sets it before it has the lock.
+	begun  atomic.Bool
+	inline bool // runs on the caller's goroutine
+	// ended and withdrawn are guarded by the race's lock: its end is known, or it was
+	// cancelled because a sibling's handler had started.
+	ended, withdrawn bool
 	// unmeasured is set when the time of this attempt is not the server's alone.
 	unmeasured bool
 
@@ -121,7 +129,12 @@ func (r *race) begin(now time.Time) {
 // run makes the call: it returns when the race is decided and no attempt runs on
 // the caller's goroutine any more.
 func (r *race) run(now time.Time) {
-	r.core = core{max: int16(r.h.attempts), delay: r.h.delay(now), deadline: noTime}
+	r.core = core{max: int16(r.h.attempts), deadline: noTime}
+	if r.tied {
+		r.core.delay = r.h.tieDelay()
+	} else {
+		r.core.delay = r.h.delay(now)
+	}
 	if r.single {
 		r.core.max = 1
 	}
@@ -190,12 +203,19 @@ func (r *race) attempt(b *branch) *branch {
 
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	b.ended = true
 	superseded := r.core.over
+	if b.withdrawn {
+		return r.afterAll(b, now, code)
+	}
 	if b.err != nil && (b.attempt.Unsent() || b.nowhere(code)) {
 		return r.takeBack(b, now)
 	}
 	if superseded && b.err != nil {
 		code = codes.Canceled // whatever it says, it was cut off
+	}
+	if b.err != nil && (superseded || r.ctx.Err() != nil) {
+		r.reclaim(b, now)
 	}
 	if !b.unmeasured {
 		r.h.record(r.begun.Add(now), now-b.started, code)
@@ -234,9 +254,17 @@ func (r *race) judge(b *branch, code codes.Code) result {
 	// whatever the policy says of its code.
 	if r.ctx.Err() != nil {
 		res.class = fatal
+	} else if res.class == fatal && r.core.running > 1 && outcome.Overloaded(b.err) {
+		// One server had no room for it, an extra attempt least of all. That says nothing
+		// of the sibling in flight elsewhere, only that there should be no further one.
+		return result{class: nonFatal, stop: true}
 	}
 	p := outcome.ReadPushback(b.trailer)
 	res.stop, res.hasWait, res.wait = p.Stop, p.Given && !p.Stop, p.Delay
+	if !p.Given && res.class == nonFatal {
+		// A refusal that came before there was a stream has no trailer to push back by.
+		res.wait, res.hasWait = outcome.RetryDelay(b.err)
+	}
 	if p.Stop && res.class == nonFatal {
 		r.needs().suppressed = Pushback
 	}
@@ -369,6 +397,9 @@ func (r *race) wait() {
 // open makes attempt number k.
 func (r *race) open(b *branch, now time.Duration, k int16, kind attempt.Kind) {
 	b.Context, b.cancel = context.WithCancel(r.ctx)
+	if r.tied {
+		b.Context = &tiedContext{Context: b.Context, race: r, branch: b}
+	}
 	b.attempt.Init(&r.attempts, int(k), kind)
 	b.started = now
 }
@@ -412,7 +443,8 @@ func (r *race) report() {
 		return
 	}
 	r.mu.Lock()
-	rep := Report{Method: r.attempts.Method, Attempts: int(r.core.sent), Delay: r.core.delay}
+	rep := Report{Method: r.attempts.Method, Attempts: int(r.core.sent) + int(r.core.withdrawn),
+		Withdrawn: int(r.core.withdrawn), Delay: r.core.delay}
 	if r.rare != nil {
 		rep.Suppressed = r.rare.suppressed
 	}

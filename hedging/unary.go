@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/bobtail-rpc/bobtail/internal/attempt"
 	"github.com/bobtail-rpc/bobtail/internal/rpc"
 )
 
@@ -37,6 +38,9 @@ func (h *Hedger) InvokeUnary(ctx context.Context, method string, req, reply any,
 	u := &unary{req: req, reply: reply, kind: kindOf(out), cc: cc, invoker: invoker, opts: opts}
 	u.race.h, u.race.ctx, u.race.op = h, ctx, u
 	u.attempts.Method = method
+	if h.ties() {
+		u.tied, u.ctx = true, attempt.Tied(ctx)
+	}
 	u.begin(now)
 	u.run(now)
 	return u.finish()

@@ -5,9 +5,14 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/report"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/internal/outcome"
 )
 
 // maxPhase bounds how much later than the first the last policy sends, side by side: less
@@ -104,10 +109,21 @@ func (r *runner) send(arm int, b block, start time.Time, phase time.Duration) in
 		// Each policy's block plays at the same place of the timeline.
 		Epoch: start.Add(phase - b.offset),
 	}
+	send := caller.Send
+	if r.Scenario.Criticality != nil {
+		caller.Class = func(id uint64) string { return r.Scenario.Class(r.Seed, id) }
+		send = func(ctx context.Context, id uint64) error {
+			err := caller.Send(ctx, id)
+			if r.base.Err() == nil {
+				t.class(caller.Class(id), err == nil)
+			}
+			return err
+		}
+	}
 	if r.Scenario.Keys != nil {
 		caller.Key = func(id uint64) string { return r.Scenario.Key(r.Seed, id) }
 	}
-	sent := r.generator.Run(r.ctx, r.base, load.Block{Start: start.Add(phase), At: b.at, FirstID: b.firstID, Send: caller.Send, Record: t.record})
+	sent := r.generator.Run(r.ctx, r.base, load.Block{Start: start.Add(phase), At: b.at, FirstID: b.firstID, Send: send, Record: t.record})
 	if r.ctx.Err() != nil {
 		t.length = min(t.length, max(time.Since(start), 0))
 	}
@@ -131,6 +147,9 @@ type tally struct {
 	mu        sync.Mutex // guards what follows
 	latencies []time.Duration
 	errors    int
+	late      int            // of errors: the deadline passed
+	refused   map[string]int // of errors, by reason
+	classes   map[string]report.Class
 }
 
 // record counts a request for the block in which it was meant to start, whenever it ends.
@@ -139,9 +158,46 @@ func (t *tally) record(latency time.Duration, err error) {
 	defer t.mu.Unlock()
 	if err != nil {
 		t.errors++
+		if reason := refusal(err); reason != "" {
+			if t.refused == nil {
+				t.refused = map[string]int{}
+			}
+			t.refused[reason]++
+		} else if status.Code(err) == codes.DeadlineExceeded {
+			t.late++
+		}
 		return
 	}
 	t.latencies = append(t.latencies, latency)
+}
+
+// class counts a request of a class.
+func (t *tally) class(name string, ok bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.classes == nil {
+		t.classes = map[string]report.Class{}
+	}
+	c := t.classes[name]
+	c.Calls++
+	if ok {
+		c.OK++
+	}
+	t.classes[name] = c
+}
+
+// refusal is the reason why bobtail, at either end, refused a call; "" if it did not.
+func refusal(err error) string {
+	st, ok := status.FromError(err)
+	if !ok {
+		return ""
+	}
+	for _, detail := range st.Details() {
+		if info, is := detail.(*errdetails.ErrorInfo); is && info.Domain == outcome.Domain {
+			return info.Reason
+		}
+	}
+	return ""
 }
 
 func (t *tally) block(fanout int) report.Block {
@@ -149,6 +205,7 @@ func (t *tally) block(fanout int) report.Block {
 	defer t.mu.Unlock()
 	return report.Block{
 		At: t.at, Length: t.length, Latencies: t.latencies, Errors: t.errors,
+		Late: t.late, Refused: t.refused, Classes: t.classes,
 		Calls:   int64(len(t.latencies)+t.errors) * int64(fanout),
 		CallsOK: t.attempts.OK(), Attempts: t.attempts.Sent(),
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -31,6 +32,10 @@ type Backend struct {
 	started  time.Time
 	queue    *queue // nil: as many workers as calls
 
+	// Atomic because every call adds to them.
+	runs           atomic.Int64
+	worked, unused atomic.Int64 // ns
+
 	begin sync.Once
 	begun chan struct{} // closed once epoch is known
 	epoch time.Time     // the zero of the timeline, as the first call told it
@@ -47,6 +52,28 @@ func NewBackend(s *scenario.Scenario, seed uint64, index int, sleep load.Sleep) 
 	return b
 }
 
+// Work is what the handlers of a backend did.
+type Work struct {
+	// Runs is how many have begun.
+	Runs int64
+	// Worked is the time for which they had a worker, Unused that of those whose caller
+	// did not stay to the end. Work that is served in spite of that is in neither.
+	Worked, Unused time.Duration
+}
+
+// Work returns what the handlers did so far.
+func (b *Backend) Work() Work {
+	return Work{b.runs.Load(), time.Duration(b.worked.Load()), time.Duration(b.unused.Load())}
+}
+
+// work counts that of a handler that ended with err.
+func (b *Backend) work(d time.Duration, err error) {
+	b.worked.Add(int64(d))
+	if err != nil {
+		b.unused.Add(int64(d))
+	}
+}
+
 // Get implements kvpb.KVServer. It leaves as soon as the caller has.
 func (b *Backend) Get(ctx context.Context, req *kvpb.Request) (*kvpb.Response, error) {
 	epoch := b.started
@@ -57,6 +84,7 @@ func (b *Backend) Get(ctx context.Context, req *kvpb.Request) (*kvpb.Response, e
 		b.epoch = epoch
 		close(b.begun)
 	})
+	b.runs.Add(1)
 	c := &call{b: b, epoch: epoch, at: time.Since(epoch)}
 	n := attempt(ctx)
 	var err error
@@ -88,7 +116,10 @@ func (c *call) serve(ctx context.Context, id uint64, attempt int) error {
 	}
 	switch {
 	case c.b.queue == nil:
-		return c.wait(ctx, finish(c.at))
+		end := finish(c.at)
+		err := c.wait(ctx, end)
+		c.b.work(min(end, time.Since(c.epoch))-c.at, err)
+		return err
 	case c.b.scenario.ServeAbandoned:
 		return c.wait(ctx, c.b.queue.book(c.at, finish))
 	}
@@ -98,9 +129,12 @@ func (c *call) serve(ctx context.Context, id uint64, attempt int) error {
 	}
 	end := finish(start)
 	if err := c.wait(ctx, end); err != nil {
-		c.b.queue.release(time.Since(c.epoch))
+		now := time.Since(c.epoch)
+		c.b.queue.release(now)
+		c.b.work(now-start, err)
 		return err
 	}
+	c.b.work(end-start, nil)
 	// Not now: this goroutine may wake late, the worker was free on time.
 	c.b.queue.release(end)
 	return nil

@@ -31,8 +31,8 @@ type Config struct {
 	Seed     uint64
 	// Command is the child's command line, e.g. os.Executable() and "serve".
 	Command []string
-	// Reports are what the backends report of their load.
-	Reports Reports
+	// Server is what is installed in each backend's server.
+	Server Server
 	// Processes is how many children share the backends; default 1.
 	Processes int
 }
@@ -60,7 +60,7 @@ func Start(ctx context.Context, cfg Config) (*Fleet, error) {
 		for b := p; b < n; b += procs {
 			mine = append(mine, b)
 		}
-		c, addrs, err := spawn(ctx, cfg.Command, Orders{Scenario: doc, Seed: cfg.Seed, Backends: mine, Reports: cfg.Reports})
+		c, addrs, err := spawn(ctx, cfg.Command, Orders{Scenario: doc, Seed: cfg.Seed, Backends: mine, Server: cfg.Server})
 		if err != nil {
 			f.Close()
 			return nil, err

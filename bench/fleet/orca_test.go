@@ -13,7 +13,7 @@ import (
 func TestORCA(t *testing.T) {
 	t.Setenv("FLEET_TEST", "serve")
 	for _, on := range []bool{true, false} {
-		f, err := Start(t.Context(), Config{Scenario: tiny, Command: self(), Reports: Reports{ORCA: on}})
+		f, err := Start(t.Context(), Config{Scenario: tiny, Command: self(), Server: Server{ORCA: on}})
 		if err != nil {
 			t.Fatal(err)
 		}

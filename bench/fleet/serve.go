@@ -25,8 +25,8 @@ type Orders struct {
 	Seed     uint64          `json:"seed"`
 	// Backends are the indexes this child plays.
 	Backends []int `json:"backends"`
-	// Reports are what they report of their load.
-	Reports Reports `json:"reports"`
+	// Server is what is installed in their servers.
+	Server Server `json:"server"`
 }
 
 // Hello is the child's answer on its standard output, once it listens.
@@ -70,11 +70,11 @@ func Serve(in io.Reader, out io.Writer) error {
 		hello.Addrs = append(hello.Addrs, addr)
 		b := NewBackend(sc, o.Seed, index, clk.Sleep)
 		servers.Go(func() {
-			err := Play(ctx, b, o.Reports, lis, func() (net.Listener, error) { return net.Listen("tcp", addr) },
+			err := Play(ctx, b, o.Server, lis, func() (net.Listener, error) { return net.Listen("tcp", addr) },
 				// A half-open connection would hold Stop, and so an orphan, for two minutes.
 				grpc.ConnectionTimeout(patience/2))
 			if err != nil {
-				ended <- fmt.Errorf("fleet: backend %d: come back: %w", index, err)
+				ended <- fmt.Errorf("fleet: backend %d: %w", index, err)
 			}
 		})
 	}

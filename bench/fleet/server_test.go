@@ -52,7 +52,7 @@ func TestPlayDown(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error)
 		go func() {
-			ended <- Play(ctx, NewBackend(sc, 1, 0, hasty), Reports{}, first, listen, grpc.WaitForHandlers(true))
+			ended <- Play(ctx, NewBackend(sc, 1, 0, hasty), Server{}, first, listen, grpc.WaitForHandlers(true))
 		}()
 		cc, err := grpc.NewClient("passthrough:///one", grpc.WithTransportCredentials(insecure.NewCredentials()), connectEvery(10*time.Millisecond),
 			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.Load().DialContext(ctx) }))
@@ -153,7 +153,7 @@ func TestPlayLost(t *testing.T) {
 		})
 		b := NewBackend(sc, 1, 0, virtualSleep)
 		go b.Get(t.Context(), &kvpb.Request{}) //nolint:errcheck // it begins the timeline
-		err := Play(t.Context(), b, Reports{}, bufconn.Listen(1), func() (net.Listener, error) { return nil, net.ErrClosed })
+		err := Play(t.Context(), b, Server{}, bufconn.Listen(1), func() (net.Listener, error) { return nil, net.ErrClosed })
 		if err == nil || !strings.Contains(err.Error(), net.ErrClosed.Error()) {
 			t.Errorf("%v, want %v", err, net.ErrClosed)
 		}

@@ -8,10 +8,12 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/stats"
 
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 	"github.com/bobtail-rpc/bobtail/loadbalance"
+	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
 // Caller makes a scenario's requests: Fanout leaf calls of kv.KV/Get at once,
@@ -25,6 +27,8 @@ type Caller struct {
 	// Key returns the key of a leaf call, "" for none. It goes into the request, and
 	// into the context, where a balancer finds it. nil: no call has one.
 	Key func(id uint64) string
+	// Class returns the criticality of a request, "" for none told. nil: none tells one.
+	Class func(id uint64) string
 	// Attempts counts what was sent, if the connection has [CountAttempts].
 	Attempts *Attempts
 }
@@ -32,6 +36,11 @@ type Caller struct {
 // Send makes request id and returns when its last leaf has answered, or the first has failed.
 func (c *Caller) Send(ctx context.Context, id uint64) error {
 	ctx = context.WithValue(ctx, attemptsKey{}, c.Attempts)
+	if c.Class != nil {
+		if class := c.Class(id); class != "" {
+			ctx = metadata.AppendToOutgoingContext(ctx, shedding.CriticalityKey, class)
+		}
+	}
 	if c.Fanout == 1 {
 		return c.leaf(ctx, id)
 	}

@@ -2,6 +2,7 @@ package load
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -9,10 +10,12 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
 // Attempts are those that were sent, whoever decided so: here grpc's own retry.
@@ -49,6 +52,39 @@ func TestAttempts(t *testing.T) {
 		}
 		if a.Sent() != 3 {
 			t.Errorf("%d attempts, want still 3", a.Sent())
+		}
+	})
+}
+
+// A request's class travels with each of its leaf calls.
+func TestClass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		seen := map[uint64][]string{}
+		f := grpctest.NewFleet(t, 1, grpctest.Handlers{
+			Unary: func(ctx context.Context, _ *grpctest.Backend, req *kvpb.Request) (*kvpb.Response, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				seen[req.Id] = metadata.ValueFromIncomingContext(ctx, shedding.CriticalityKey)
+				return &kvpb.Response{Id: req.Id}, nil
+			},
+		})
+		c := &Caller{Client: kvpb.NewKVClient(f.Dial()), Fanout: 2, Attempts: new(Attempts), Class: func(id uint64) string {
+			return map[uint64]string{3: "sheddable"}[id]
+		}}
+		for id := range uint64(5) {
+			if err := c.Send(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for id := range uint64(10) {
+			var want []string
+			if id/2 == 3 {
+				want = []string{"sheddable"}
+			}
+			if got, ok := seen[id]; !ok || !slices.Equal(got, want) {
+				t.Errorf("leaf call %d: class %q, want %q", id, got, want)
+			}
 		}
 	})
 }

@@ -46,10 +46,19 @@ type Block struct {
 	Latencies []time.Duration
 	// Errors counts the requests that failed or could not be sent.
 	Errors int
+	// Refused counts those of Errors that bobtail refused, at either end, by the reason of
+	// the status; Late those of the others whose deadline passed.
+	Refused map[string]int
+	Late    int
+	// Classes has an entry for each class, in a scenario with criticality.
+	Classes map[string]Class
 	// Calls counts leaf calls, CallsOK those that succeeded, Attempts what was
 	// really sent for all.
 	Calls, CallsOK, Attempts int64
 }
+
+// Class is what became of the requests of one class.
+type Class struct{ Calls, OK int }
 
 // Run is one policy's line. A nil is what the samples cannot give.
 type Run struct {

@@ -110,7 +110,11 @@ func (run Run) cells() [][]string {
 }
 
 // align writes rows in columns, the first to the left and the others to the right.
-func align(w *bytes.Buffer, rows [][]string) {
+func align(w *bytes.Buffer, rows [][]string) { columns(w, rows, 1) }
+
+// columns writes rows in columns, so many to the left and the others to the right. An
+// empty row is an empty line.
+func columns(w *bytes.Buffer, rows [][]string, left int) {
 	width := make([]int, len(rows[0]))
 	for _, row := range rows {
 		for i, cell := range row {
@@ -121,10 +125,13 @@ func align(w *bytes.Buffer, rows [][]string) {
 		var line strings.Builder
 		for i, cell := range row {
 			pad := strings.Repeat(" ", width[i]-utf8.RuneCountInString(cell))
-			if i == 0 {
+			if i > 0 {
+				line.WriteString("  ")
+			}
+			if i < left {
 				line.WriteString(cell + pad)
 			} else {
-				line.WriteString("  " + pad + cell)
+				line.WriteString(pad + cell)
 			}
 		}
 		w.WriteString(strings.TrimRight(line.String(), " ") + "\n")

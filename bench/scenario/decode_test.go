@@ -3,6 +3,7 @@ package scenario
 import (
 	"encoding/json"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -13,8 +14,8 @@ import (
 
 func TestNamed(t *testing.T) {
 	names := Names()
-	if names[0] != Default || len(names) != 13 {
-		t.Errorf("scenarios %v, want 13, %s first", names, Default)
+	if names[0] != Default || len(names) != 15 {
+		t.Errorf("scenarios %v, want 15, %s first", names, Default)
 	}
 	for _, name := range names {
 		s, err := Named(name)
@@ -22,7 +23,7 @@ func TestNamed(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if s.Name != name || s.Description == "" || len(s.Policies) == 0 || s.Policies[0] != "none" {
+		if s.Name != name || s.Description == "" || len(s.Policies) == 0 || !strings.HasPrefix(s.Policies[0], "none") {
 			t.Errorf("%s: name %q, description %q, policies %v", name, s.Name, s.Description, s.Policies)
 		}
 	}
@@ -118,6 +119,12 @@ func TestDecodeFaultsOfFaults(t *testing.T) {
 		{`"keys":[]`, `$.keys: an array, want an object`},
 		{`"keys":{"count":0,"exponent":-1,"hot":2}`, "$.keys.count: 0, want 1 to 1e+09\n$.keys.exponent: -1, want 0 to 10\n$.keys.hot: 2, want 0 to 1"},
 		{`"keys":{"cuont":9}`, "$.keys.cuont: unknown key, want one of count, exponent, hot\n$.keys.count: missing"},
+		{`"sideBySide":true,"workers":1,"loads":[0,101,1,1]`, "$.loads[0]: 0, want 0.01 to 100\n$.loads[1]: 101, want 0.01 to 100\n$.loads[1]: 0.01, want more than the 0.01 before it\n$.loads[3]: 1, want more than the 1 before it"},
+		{`"loads":[1,2]`, `$.loads: [1 2], want workers with it: where all are served at once, nothing is the capacity`},
+		{`"criticality":[]`, `$.criticality: an array, want an object`},
+		{`"criticality":{"criticle":1}`, "$.criticality.criticle: unknown key, want one of sheddable, sheddable_plus, critical, critical_plus\n$.criticality: no class has a weight, want one of sheddable, sheddable_plus, critical, critical_plus"},
+		{`"criticality":{"critical":-1,"sheddable":1}`, `$.criticality.critical: -1, want 0 to 1e+09`},
+		{`"criticality":{"critical":0}`, `$.criticality: no class has a weight, want one of sheddable, sheddable_plus, critical, critical_plus`},
 		{`"sideBySide":"yes"`, `$.sideBySide: a string, want true or false`},
 		{`"sideBySide":true,"workers":0`, `$.workers: 0, want 1 to 1000`},
 		{`"sideBySide":true,"workers":1.5`, `$.workers: 1.5, want a whole number`},
@@ -148,7 +155,7 @@ func TestDecodeFault(t *testing.T) {
 		{"kind":"slow","add":"100ms"},
 		{"kind":"slow","factor":0.5},
 		{"kind":"down","for":"1s"}],
-		"keys":{"count":9}}`))
+		"keys":{"count":9},"loads":[0.5,2],"criticality":{"critical":3,"sheddable":1}}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,6 +170,9 @@ func TestDecodeFault(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, sc.Faults); diff != "" {
 		t.Errorf("faults (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(map[string]float64{"critical": 3, "sheddable": 1}, sc.Criticality); diff != "" || !slices.Equal(sc.Loads, []float64{0.5, 2}) {
+		t.Errorf("loads %v, classes (-want +got):\n%s", sc.Loads, diff)
 	}
 	if !sc.SideBySide || sc.Workers != 3 || !sc.ServeAbandoned || sc.ServerTimeout != at(sec) || *sc.Keys != (Keys{Count: 9, Exponent: 1}) {
 		t.Errorf("%+v", sc)

@@ -2,6 +2,7 @@ package scenario
 
 import (
 	"math"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -19,6 +20,9 @@ const (
 	maxWorkers  = 1000
 	maxKeys     = 1e9
 	maxExponent = 10
+	minLoad     = 0.01
+	maxLoad     = 100
+	maxWeight   = 1e9
 	// maxStill is the share of its time that a backend may stand still for ever:
 	// beyond it, work might never be done.
 	maxStill = 0.75
@@ -26,8 +30,8 @@ const (
 
 func (r *reader) scenario(c cursor) *Scenario {
 	if !c.object("name", "description", "backends", "fanout", "rate", "arrivals", "requests", "timeout",
-		"policies", "sideBySide", "serviceTime", "stragglers", "slow", "stalls",
-		"workers", "serveAbandoned", "serverTimeout", "keys", "faults") {
+		"policies", "sideBySide", "serviceTime", "sameWork", "stragglers", "slow", "stalls",
+		"workers", "serveAbandoned", "serverTimeout", "loads", "criticality", "keys", "faults") {
 		return nil
 	}
 	s := &Scenario{
@@ -76,6 +80,9 @@ func (r *reader) scenario(c cursor) *Scenario {
 	if k, ok := c.key("stalls"); ok && k.object("meanInterval", "min", "max", "backends") {
 		s.Stalls = r.stalls(k, s.Backends)
 	}
+	if k, ok := c.key("criticality"); ok {
+		s.Criticality = r.criticality(k)
+	}
 	if k, ok := c.key("keys"); ok && k.object("count", "exponent", "hot") {
 		s.Keys = &Keys{
 			Count:    k.whole("count", 1, maxKeys, need),
@@ -84,7 +91,9 @@ func (r *reader) scenario(c cursor) *Scenario {
 		}
 	}
 	s.SideBySide = c.boolean("sideBySide")
+	s.SameWork = c.boolean("sameWork")
 	r.queue(c, s)
+	r.loads(c, s)
 	for _, k := range c.items("faults") {
 		s.Faults = append(s.Faults, r.faultOf(k, s.Backends))
 	}
@@ -110,6 +119,39 @@ func (r *reader) queue(c cursor, s *Scenario) {
 	case s.Workers > 0 && !s.ServeAbandoned && s.ServerTimeout > 0:
 		r.fault(c.path+".serverTimeout", "%v, want \"serveAbandoned\": true with workers: the work goes on", s.ServerTimeout)
 	}
+}
+
+// loads reads what a sweep offers.
+func (r *reader) loads(c cursor, s *Scenario) {
+	for _, k := range c.items("loads") {
+		load := k.float(minLoad, maxLoad)
+		if n := len(s.Loads); n > 0 && load <= s.Loads[n-1] {
+			r.fault(k.path, "%v, want more than the %v before it", load, s.Loads[n-1])
+		}
+		s.Loads = append(s.Loads, load)
+	}
+	if len(s.Loads) > 0 && s.Workers == 0 {
+		r.fault(c.path+".loads", "%v, want workers with it: where all are served at once, nothing is the capacity", s.Loads)
+	}
+}
+
+// criticality reads the weights of classes.
+func (r *reader) criticality(c cursor) map[string]float64 {
+	if !c.object(classes[:]...) {
+		return nil
+	}
+	weights := map[string]float64{}
+	var sum float64
+	for _, class := range classes {
+		if _, ok := c.key(class); ok {
+			weights[class] = c.number(class, 0, maxWeight, need)
+			sum += weights[class]
+		}
+	}
+	if sum == 0 {
+		r.fault(c.path, "no class has a weight, want one of %s", strings.Join(classes[:], ", "))
+	}
+	return weights
 }
 
 func (r *reader) faultOf(c cursor, backends int) (f Fault) {

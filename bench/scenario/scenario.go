@@ -45,6 +45,9 @@ type Scenario struct {
 
 	// ServiceTime is a mixture: each attempt draws one component.
 	ServiceTime []Component `json:"serviceTime"`
+	// SameWork says that the work is the call's: all its attempts take as long as the first,
+	// and a copy elsewhere saves nothing but the wait. Absent: each attempt draws anew.
+	SameWork bool `json:"sameWork,omitempty"`
 	// Stragglers are attempts that take longer by a fixed time, at any backend.
 	Stragglers *Stragglers `json:"stragglers,omitempty"`
 	// Slow replicas take Factor times as long over everything, stragglers too.
@@ -64,6 +67,13 @@ type Scenario struct {
 	// that has no answer by then is answered UNAVAILABLE, while its work goes on.
 	// With Workers it wants ServeAbandoned. Absent: none.
 	ServerTimeout Duration `json:"serverTimeout,omitempty"`
+	// Loads are what a sweep offers, in multiples of [Scenario.Capacity], 0.01 to 100,
+	// ascending. Absent: 0.5, 1, 2, 4, 6, 8, 10. They want Workers. A comparison ignores
+	// them: it offers Rate.
+	Loads []float64 `json:"loads,omitempty"`
+	// Criticality gives each request a class: of the classes named, each has the share
+	// of its weight in the sum of all. Absent: no request tells one.
+	Criticality map[string]float64 `json:"criticality,omitempty"`
 	// Keys give each leaf call a key. Absent: none has one.
 	Keys *Keys `json:"keys,omitempty"`
 	// Faults are what goes wrong at known moments.

@@ -9,7 +9,7 @@ import (
 // Service is how long an attempt takes at a backend that starts it at the
 // moment at of the scenario's timeline: its work, and the stalls in between.
 //
-// The draw depends on seed, call (id) and attempt, not on the backend: whatever
+// The draw depends on seed, call (id) and attempt (unless SameWork), not on the backend: whatever
 // a policy picks, it faces the same luck. The backend contributes only its
 // factor and its stalls. Pure and safe for concurrent use.
 func (s *Scenario) Service(seed, id uint64, attempt, backend int, at time.Duration) time.Duration {
@@ -19,6 +19,9 @@ func (s *Scenario) Service(seed, id uint64, attempt, backend int, at time.Durati
 // Work is how long an attempt takes that is begun at the moment at, at a backend that
 // does not stand still.
 func (s *Scenario) Work(seed, id uint64, attempt, backend int, at time.Duration) time.Duration {
+	if s.SameWork {
+		attempt = 0
+	}
 	d := draw{seed, id, uint64(attempt)}
 	t := s.mixture(d)
 	if st := s.Stragglers; st != nil && d.uniform(straggler) < st.Probability {
@@ -134,10 +137,11 @@ const (
 	faulty // the first of as many as there are faults: keep it last
 )
 
-// Streams of keys, far above those of faults.
+// Streams of keys and classes, far above those of faults.
 const (
 	keyHot uint64 = 1<<32 + iota
 	keyRank
+	criticality
 )
 
 // draw names one source of random numbers: a call's attempt, or a backend's stall.

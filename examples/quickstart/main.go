@@ -38,7 +38,12 @@ func main() {
 		if err != nil {
 			log.Fatal(err)
 		}
-		server := grpc.NewServer()
+		// In an overload it refuses what cannot be served in time. Here it never has to.
+		shed, err := bobtail.NewServer(bobtail.DefaultServerPolicy())
+		if err != nil {
+			log.Fatal(err)
+		}
+		server := grpc.NewServer(shed.ServerOptions()...)
 		echopb.RegisterEchoServer(server, &echo{served: &served})
 		go server.Serve(listener)
 		defer server.Stop()

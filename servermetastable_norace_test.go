@@ -1,0 +1,5 @@
+//go:build !race
+
+package bobtail_test
+
+const underRace = false

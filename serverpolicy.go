@@ -1,0 +1,220 @@
+package bobtail
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/bobtail-rpc/bobtail/shedding"
+)
+
+// ServerPolicy is a server's policy document, parsed and found good. The zero value is the
+// empty document: a gradient limiter and nothing else, so that what finds no slot free is
+// refused. A ServerPolicy does not change.
+type ServerPolicy struct {
+	mode mode // "" is on
+	// admission lacks what a document cannot say: Shadow, which is the mode's, and Report.
+	admission  shedding.ServerConfig
+	loadReport bool
+}
+
+// defaultServerDocument is DefaultServerPolicy.
+const defaultServerDocument = `{
+  "mode": "on",
+  "limiter": {"algorithm": "gradient", "initial": 20, "min": 1, "max": 1000},
+  "queue": {"maxLength": 1000, "target": "0.005s", "maxWait": "0.100s"},
+  "exempt": ["/grpc.health.v1.Health/*"],
+  "loadReport": true
+}`
+
+// DefaultServerPolicy returns a policy that is safe for any server.
+//
+//   - A gradient limiter finds how many handlers may run at once, from 20 on.
+//   - Up to 1000 calls wait for a slot, none for longer than 100 ms. A wait that stays
+//     over 5 ms is an overload: then the least critical are refused first.
+//   - Health checks are never refused.
+//   - Answers carry a report of the load, for bobtail_prequal and other balancers that
+//     read one.
+//
+// There are no quotas of tenants.
+func DefaultServerPolicy() ServerPolicy {
+	p, err := ParseServerPolicy([]byte(defaultServerDocument))
+	if err != nil {
+		panic(err) // cannot be: a test parses it
+	}
+	return p
+}
+
+// ParseServerPolicy reads a server's policy document. Its error tells every fault at once,
+// each with its JSON path, the value and what is wanted there; unknown, null and duplicate
+// keys are faults.
+func ParseServerPolicy(text []byte) (ServerPolicy, error) {
+	d := &document{what: "server policy"}
+	var p ServerPolicy
+	if root := d.parse(text); root != nil {
+		p = (&reader{d: d, o: root}).serverPolicy()
+	}
+	if len(d.faults) == 0 {
+		// Nothing that the readers let through: package shedding has the last word.
+		if err := p.admission.Validate(); err != nil {
+			d.fault("", "%w", err)
+		}
+	}
+	if err := errors.Join(d.faults...); err != nil {
+		return ServerPolicy{}, err
+	}
+	return p, nil
+}
+
+func (r *reader) serverPolicy() ServerPolicy {
+	p := ServerPolicy{mode: r.mode(modeOn)}
+	if l := r.object("limiter"); l != nil {
+		p.admission.Limiter = l.limiter()
+	}
+	if q := r.object("queue"); q != nil {
+		p.admission.Queue = q.queue()
+	}
+	if t := r.object("tenants"); t != nil {
+		p.admission.Tenants = t.tenants()
+	}
+	p.admission.Exempt = r.exempt()
+	if s, ok := r.text("maxCriticality"); ok {
+		c, ok := shedding.ParseCriticality(s)
+		if !ok {
+			r.fault("maxCriticality", "%q, want %q, %q, %q or %q", s,
+				shedding.CriticalPlus, shedding.Critical, shedding.SheddablePlus, shedding.Sheddable)
+		}
+		p.admission.MaxCriticality = &c
+	}
+	p.loadReport, _ = r.boolean("loadReport")
+	r.end()
+	return p
+}
+
+// limiter reads the object that says how many handlers run at once.
+func (r *reader) limiter() (c shedding.LimiterConfig) {
+	defer r.end()
+	before := len(r.d.faults)
+	if s, ok := r.text("algorithm"); ok {
+		switch a := shedding.Algorithm(s); a {
+		case shedding.Gradient, shedding.Vegas, shedding.AIMD, shedding.Static:
+			c.Algorithm = a
+		default:
+			r.fault("algorithm", "%q, want %q, %q, %q or %q", s, shedding.Gradient, shedding.Vegas, shedding.AIMD, shedding.Static)
+		}
+	}
+	for _, f := range []struct {
+		key string
+		to  *int
+	}{{"initial", &c.Initial}, {"min", &c.Min}, {"max", &c.Max}, {"limit", &c.Limit}} {
+		n, _ := r.number(f.key, "an integer in [1, 1000000]", whole(1, 1e6))
+		*f.to = int(n)
+	}
+	if len(r.d.faults) > before {
+		return c // what follows would compare with values that are not there
+	}
+	if c.Algorithm == shedding.Static {
+		r.need("limit")
+		for _, k := range []string{"initial", "min", "max"} {
+			if r.has(k) {
+				r.fault(k, "moves a limit, want none with algorithm %q", shedding.Static)
+			}
+		}
+		return c
+	}
+	if r.has("limit") {
+		r.fault("limit", "%d, want it with algorithm %q only", c.Limit, shedding.Static)
+	}
+	// The defaults of shedding.LimiterConfig.
+	lo := max(c.Min, 1)
+	hi := c.Max
+	if hi == 0 {
+		hi = max(1000, lo)
+	}
+	switch {
+	case hi < lo:
+		r.fault("max", "%d, want at least min %d", hi, lo)
+	case r.has("initial") && (c.Initial < lo || c.Initial > hi):
+		r.fault("initial", "%d, want [min %d, max %d]", c.Initial, lo, hi)
+	}
+	return c
+}
+
+// queue reads the object that says who waits for a slot.
+func (r *reader) queue() *shedding.QueueConfig {
+	defer r.end()
+	before := len(r.d.faults)
+	var c shedding.QueueConfig
+	n, _ := r.number("maxLength", "an integer in [1, 100000]", whole(1, 1e5))
+	c.MaxLength = int(n)
+	c.Target, _ = r.duration("target", "more than 0s", above0)
+	c.MaxWait, _ = r.duration("maxWait", "(0s, 60s]", func(d time.Duration) bool { return d > 0 && d <= time.Minute })
+	switch {
+	case len(r.d.faults) > before || !r.has("target"):
+	case c.MaxWait == 0 && c.Target > 100*time.Millisecond:
+		r.fault("target", "%v, want at most the default maxWait %v", c.Target, 100*time.Millisecond)
+	case c.MaxWait > 0 && c.Target > c.MaxWait:
+		r.fault("target", "%v, want at most maxWait %v", c.Target, c.MaxWait)
+	}
+	return &c
+}
+
+// tenants reads the object that says what each tenant may ask for.
+func (r *reader) tenants() *shedding.TenantsConfig {
+	defer r.end()
+	var c shedding.TenantsConfig
+	var ok bool
+	if c.MetadataKey, ok = r.text("metadataKey"); ok && !isMetadataKey(c.MetadataKey) {
+		r.fault("metadataKey", "%q, want a key of gRPC metadata such as %q: of letters, digits, '-', '_' and '.', not beginning with \"grpc-\"", c.MetadataKey, "x-tenant-id")
+	}
+	c.PerSecond, _ = r.number("perSecond", "(0, 1000000000]", func(v float64) bool { return v > 0 && v <= 1e9 })
+	n, _ := r.number("burst", "an integer in [1, 1000000000]", whole(1, 1e9))
+	c.Burst = int(n)
+	if r.has("burst") && !r.has("perSecond") {
+		r.fault("burst", "of what? want perSecond beside it")
+	}
+	n, _ = r.number("max", "an integer in [1, 1000000]", whole(1, 1e6))
+	c.Max = int(n)
+	r.need("metadataKey")
+	return &c
+}
+
+// isMetadataKey tells whether a client can send metadata under the key, whose case does not
+// matter. Names that gRPC keeps for itself are none of a tenant's.
+func isMetadataKey(s string) bool {
+	s = strings.ToLower(s)
+	return s != "" && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-_.") == "" && !strings.HasPrefix(s, "grpc-")
+}
+
+// exempt reads the list of what is never refused.
+func (r *reader) exempt() []string {
+	l, _ := r.list("exempt")
+	var names []string
+	seen := map[string]bool{}
+	for i, n := range l {
+		at := fmt.Sprintf("exempt[%d]", i)
+		s, ok := n.(string)
+		switch {
+		case !ok:
+			r.fault(at, "%s, want a string", kind(n))
+		case !isMethodPattern(s):
+			r.fault(at, "%q, want %q or %q", s, "/package.Service/Method", "/package.Service/*")
+		case seen[s]:
+			r.fault(at, "%q is in the list already", s)
+		default:
+			names = append(names, s)
+			seen[s] = true
+		}
+	}
+	return names
+}
+
+// isMethodPattern tells whether s is a full method name, or that of all of a service.
+func isMethodPattern(s string) bool {
+	rest, slash := strings.CutPrefix(s, "/")
+	service, method, two := strings.Cut(rest, "/")
+	return slash && two && service != "" && method != "" &&
+		!strings.ContainsAny(service, "* ") && !strings.ContainsAny(method, "/ ") &&
+		(method == "*" || !strings.Contains(method, "*"))
+}

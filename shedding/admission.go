@@ -1,0 +1,550 @@
+package shedding
+
+import (
+	"errors"
+	"time"
+)
+
+// AdmissionConfig says how a server admits requests.
+type AdmissionConfig struct {
+	Limiter LimiterConfig
+
+	// Queue says who may wait for a slot. Nil: nobody; at the limit all are refused,
+	// whatever their class, because without waits there is no sign that the server is
+	// overloaded, and nobody to be displaced.
+	Queue *QueueConfig
+}
+
+// Validate reports every fault of the configuration, joined.
+func (c AdmissionConfig) Validate() error {
+	err := c.Limiter.Validate()
+	if c.Queue != nil {
+		err = errors.Join(err, c.Queue.Validate())
+	}
+	return err
+}
+
+// Request is what [Admission] has to know of a request.
+type Request struct {
+	Criticality Criticality
+	Extra       bool          // a hedge or a retry: refused before the first attempts of its class
+	Cohort      uint32        // a stable hash of the tenant or the user: see LevelOf
+	Deadline    time.Time     // zero: none
+	Median      time.Duration // of the times of the method's handlers; 0: not known
+	Owner       any           // comes back in the Settlement; not looked at
+}
+
+// Verb is what becomes of a request.
+type Verb uint8
+
+const (
+	Refused  Verb = iota // now, for Reason
+	Admitted             // its handler runs now: Done when it has ended
+	Queued               // it waits; a Settlement will tell, or Leave
+)
+
+// Reason is why a request was refused.
+type Reason uint8
+
+// The reasons. Several are one to the client: see [Reason.String].
+const (
+	NotRefused   Reason = iota
+	AtLimit             // no slot is free, and there is no queue
+	QueueFull           // nobody in the queue is of a lower class
+	Displaced           // one of a higher class took its place in the queue
+	BelowCursor         // its level is not served in this overload
+	QueueTimeout        // it has waited in vain
+	Hopeless            // it would not be done by its deadline
+)
+
+// String is the reason as the client is told it.
+func (r Reason) String() string {
+	switch r {
+	case NotRefused:
+		return ""
+	case QueueTimeout:
+		return "QUEUE_TIMEOUT"
+	case Hopeless:
+		return "DEADLINE_HOPELESS"
+	case TenantQuota:
+		return "TENANT_QUOTA"
+	case Draining:
+		return "DRAINING"
+	case ClientGone:
+		return "CLIENT_GONE"
+	}
+	return "OVERLOADED"
+}
+
+// Decision is the answer to a request that arrives.
+type Decision struct {
+	Verb   Verb
+	Ticket Ticket // of one that is Queued
+	Reason Reason // of one that is Refused
+	// RetryAfter is when it makes sense to come again, of one that is Refused; 0 for
+	// Hopeless, whose client has no time left.
+	RetryAfter time.Duration
+}
+
+// Settlement is the end of a wait. The verb is Admitted or Refused.
+type Settlement struct {
+	Decision
+	Level Level
+	Wait  time.Duration // in the queue
+	Owner any
+}
+
+// EventKind is what an [Event] tells of.
+type EventKind uint8
+
+const (
+	LimitMoved    EventKind = iota // From and To are limits
+	CursorMoved                    // From and To are levels
+	OverloadBegan                  // To is how many wait
+	OverloadEnded                  // To is how many wait
+)
+
+// Event is a change of state, for telemetry.
+type Event struct {
+	Kind     EventKind
+	At       time.Time
+	From, To int
+}
+
+// maxEvents is how many are kept for one who does not fetch them.
+const maxEvents = 64
+
+// Stats is the state of an [Admission], for gauges.
+type Stats struct {
+	Limit, InFlight, Queued int
+	Cursor                  Level // levels below are refused; 0: none
+	Overloaded              bool
+	Wait                    time.Duration // of the oldest in the queue
+	Demand, Capacity        float64       // requests/s, those refused included; handlers/s
+}
+
+// Admission decides which requests a server runs, and when. It is a [Limiter], a [Queue]
+// for those who find no slot free, and a cursor over levels, [LevelOf], that follows
+// demand and capacity while the server is overloaded (DAGOR, SoCC'18; Cinnamon, Uber
+// 2023).
+//
+// Overload is told by the wait in the queue, never by the time that requests take: it has
+// begun when the oldest has waited longer than Target for the whole of 100 ms. It has ended
+// when that was not so for as long, demand being what can be done. A burst is not one: it
+// is queued, and served in the order of arrival.
+//
+// In an overload demand is counted by level, those refused included, and the cursor
+// stands at the lowest level that is needed to use the server up: demand at it and above
+// is at least 1 + m times the capacity, m in [0.05, 0.5] being what the queue needs to be
+// never empty by chance. So a load that cannot be divided (all of one cohort) is never
+// refused as a whole: what is too much of it is refused by the queue. That is cut to the
+// length
+//
+//	n = s/(2 e) ln(1 + e/0.01), s = 1 + cv^2, e = demand above the cursor / capacity - 1
+//
+// and to no less than 1.6 x Target x capacity. It is the length at which a random walk with
+// that drift and variance, reflected at 0 and n, loses 1% of its steps at 0 (Harrison,
+// Brownian Motion and Stochastic Flow Systems, 1985): with a shorter one slots are idle, with
+// a longer one all only wait. A load that just fits has n = s/(2 x 0.0225), which refuses
+// 2.25% of it by chance. Nobody waits longer than 1.25 times what that length takes, twice
+// if the cursor is at the bottom. All this is for the lanes that do not fit: those of which
+// the demand, with all above them, is less than 0.92 of the capacity may fill the queue and
+// wait as long as they can.
+//
+// When e is more than m + 0.2, which is when the cursor cannot divide the load, the newest
+// are served first. Not otherwise: of a load that just fits, the oldest would wait until the
+// queue is empty once, and that takes so long that 10 to 20% run into their bound.
+//
+// The owner of an Admission holds a mutex around each call, has a timer that calls
+// [Admission.Tick] at [Admission.NextWake], and after each call fetches
+// [Admission.Settled] and publishes [Admission.Verdict]. No call blocks, reads a clock or
+// allocates in the steady state; each costs O(log n) of the length of the queue, and every
+// 100 ms one costs a pass over 512 levels. Times must not go back; one that does counts as the
+// latest.
+type Admission struct {
+	cfg      AdmissionConfig
+	limiter  *Limiter
+	queue    *Queue // nil: none
+	inFlight int
+	now      time.Time // the latest that was brought
+
+	overloaded   bool
+	above, below time.Time // since when the wait is over the target, or not; or zero
+	length       int       // how many may wait now
+	fits         Level     // a lane's: it and those above may be more than length
+	cursor       Level
+	flow         flow
+
+	settled, settledBefore []Settlement
+	events, eventsBefore   []Event
+}
+
+// NewAdmission returns an admission with nobody in it. All faults of cfg are reported
+// together.
+func NewAdmission(cfg AdmissionConfig) (*Admission, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	a := &Admission{cfg: cfg}
+	a.limiter, _ = NewLimiter(cfg.Limiter)
+	if cfg.Queue != nil {
+		a.queue, _ = NewQueue(*cfg.Queue)
+		a.length, a.fits = a.queue.cfg.MaxLength, levels
+	}
+	return a, nil
+}
+
+// Reconfigure changes the configuration. Handlers run on; those who wait go on waiting as
+// long as they were going to, as far as there is room. A limiter of which only the bounds
+// change keeps what it has found.
+func (a *Admission) Reconfigure(now time.Time, cfg AdmissionConfig) error {
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	now = a.begin(now)
+	from := a.limiter.Limit()
+	was, will := a.limiter.cfg, cfg.Limiter.withDefaults()
+	if was.Algorithm == will.Algorithm && was.Initial == will.Initial {
+		a.limiter.cfg = will
+		a.limiter.set(a.limiter.limit)
+	} else {
+		a.limiter, _ = NewLimiter(cfg.Limiter)
+	}
+	switch {
+	case cfg.Queue == nil && a.queue != nil:
+		a.shed(now, 0, levels, AtLimit)
+		a.queue = nil
+		a.calm(now)
+	case cfg.Queue != nil && a.queue == nil:
+		a.queue, _ = NewQueue(*cfg.Queue)
+	case cfg.Queue != nil:
+		a.queue.cfg = cfg.Queue.withDefaults()
+	}
+	a.cfg = cfg
+	a.limitMoved(now, from)
+	a.plan(now)
+	a.end(now)
+	return nil
+}
+
+// Arrive decides about a request that arrives now.
+func (a *Admission) Arrive(now time.Time, r Request) Decision {
+	now = a.begin(now)
+	level := LevelOf(r.Criticality, r.Extra, r.Cohort)
+	a.flow.arrived(level, 1)
+	d := a.decide(now, level, r)
+	a.end(now)
+	return d
+}
+
+func (a *Admission) decide(now time.Time, level Level, r Request) Decision {
+	var until time.Time
+	if !r.Deadline.IsZero() {
+		if until = r.Deadline.Add(-r.Median); !until.After(now) {
+			return a.refusal(Hopeless)
+		}
+	}
+	if level < a.cursor {
+		return a.refusal(BelowCursor)
+	}
+	if a.inFlight < a.limiter.Limit() {
+		// Nobody waits: whoever did has been let in when the slot became free.
+		a.flow.foundFree++
+		a.enter(now)
+		return Decision{Verb: Admitted}
+	}
+	if a.queue == nil {
+		return a.refusal(AtLimit)
+	}
+	if !until.IsZero() && now.Add(a.expected(level)).After(until) {
+		return a.refusal(Hopeless)
+	}
+	if a.queue.Len() >= a.length {
+		below := a.fits
+		if a.queue.Full() {
+			below = levels
+		}
+		if w, ok := a.queue.Displace(level, below); ok {
+			a.settle(now, w, a.refusal(Displaced))
+		} else if level < below {
+			return a.refusal(QueueFull)
+		}
+	}
+	ticket, ok := a.queue.Push(now, level, until, r.Owner)
+	if !ok {
+		return a.refusal(QueueFull)
+	}
+	return Decision{Verb: Queued, Ticket: ticket}
+}
+
+// Done tells that a handler has ended that had been admitted and has run for the given
+// time. Call it exactly once for each.
+func (a *Admission) Done(now time.Time, ran time.Duration, r Result) {
+	now = a.begin(now)
+	if a.inFlight > 0 {
+		a.inFlight--
+	}
+	from := a.limiter.Limit()
+	a.limiter.End(now, a.inFlight, ran, r)
+	a.limitMoved(now, from)
+	a.flow.done(ran, r)
+	a.end(now)
+}
+
+// Leave tells that the client of one that waits has gone. It is not ok when the wait had
+// already been settled: if it was admitted, a slot is to be given back by Done.
+func (a *Admission) Leave(now time.Time, t Ticket) (ok bool) {
+	now = a.begin(now)
+	if a.queue != nil {
+		_, ok = a.queue.Remove(t)
+	}
+	a.end(now)
+	return ok
+}
+
+// Tick does what is due by now, as every other call does.
+func (a *Admission) Tick(now time.Time) { a.end(a.begin(now)) }
+
+// RefusedEarly tells of n requests of a level that were refused on the [Verdict] alone.
+// Without it they are taken to have gone away, and the cursor comes down for them.
+func (a *Admission) RefusedEarly(level Level, n int) {
+	if n > 0 && level < levels {
+		a.flow.arrived(level, n)
+	}
+}
+
+// NextWake is when something will be due if nothing happens before. It is zero when
+// nothing will.
+func (a *Admission) NextWake() time.Time {
+	if a.queue == nil {
+		return time.Time{}
+	}
+	wake, _ := a.queue.NextEnd()
+	if a.overloaded {
+		// Requests that are refused on the verdict do not come by.
+		due := a.flow.due()
+		if !a.below.IsZero() {
+			due = earlier(due, a.below.Add(interval))
+		}
+		wake = earlier(wake, due)
+	}
+	return wake
+}
+
+// earlier is the earlier of two times, of which zero is none.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// Settled returns the waits that have ended since it was last called. The slice is good
+// until the call after.
+func (a *Admission) Settled() []Settlement {
+	s := a.settled
+	clear(a.settledBefore) // the owners in it are the collector's
+	a.settled, a.settledBefore = a.settledBefore[:0], s
+	return s
+}
+
+// Events returns the changes of state since it was last called, the first 64 of them. The
+// slice is good until the call after.
+func (a *Admission) Events() []Event {
+	e := a.events
+	a.events, a.eventsBefore = a.eventsBefore[:0], e
+	return e
+}
+
+// Stats returns the state as of the latest call.
+func (a *Admission) Stats() Stats {
+	s := Stats{
+		Limit: a.limiter.Limit(), InFlight: a.inFlight, Cursor: a.cursor, Overloaded: a.overloaded,
+		Demand: a.flow.demand, Capacity: a.flow.capacity,
+	}
+	if a.queue != nil {
+		s.Queued, s.Wait = a.queue.Len(), a.queue.Wait(a.now)
+	}
+	return s
+}
+
+// Verdict returns what can be told of a request by its level alone.
+func (a *Admission) Verdict() Verdict { return verdict(a.cursor, a.retryAfter()) }
+
+// begin brings the state up to now.
+func (a *Admission) begin(now time.Time) time.Time {
+	if now.Before(a.now) {
+		now = a.now
+	}
+	a.now = now
+	if a.queue == nil {
+		return now
+	}
+	a.watch(now)
+	for {
+		w, ok := a.queue.Expire(now)
+		if !ok {
+			break
+		}
+		a.settle(now, w, a.refusal(QueueTimeout))
+	}
+	if a.flow.start.IsZero() {
+		a.flow.start = now
+	}
+	if !a.flow.due().After(now) {
+		a.flow.roll(now)
+		if a.overloaded {
+			a.plan(now)
+		}
+	}
+	return now
+}
+
+// end gives free slots to those who wait.
+func (a *Admission) end(now time.Time) {
+	if a.queue == nil {
+		return
+	}
+	for a.inFlight < a.limiter.Limit() {
+		w, ok := a.queue.Pop()
+		if !ok {
+			break
+		}
+		a.enter(now)
+		a.settle(now, w, Decision{Verb: Admitted})
+	}
+	a.watch(now)
+}
+
+// watch tells an overload by the wait of the oldest.
+func (a *Admission) watch(now time.Time) {
+	over := a.queue.Wait(now) - a.queue.cfg.Target
+	if over > 0 {
+		a.below = time.Time{}
+		if a.above.IsZero() {
+			a.above = now.Add(-over)
+		}
+		if !a.overloaded && now.Sub(a.above) >= interval {
+			a.overloaded = true
+			a.event(OverloadBegan, now, 0, a.queue.Len())
+			// The server has been busy all the interval: what it did is what it can do.
+			a.flow.roll(now)
+			a.plan(now)
+		}
+		return
+	}
+	a.above = time.Time{}
+	if a.below.IsZero() {
+		a.below = now
+	}
+	if !a.overloaded || now.Sub(a.below) < interval {
+		return
+	}
+	a.below = now
+	if a.cursor == 0 {
+		// A queue that is cut short is short, however much is refused.
+		if a.flow.excess() < overAt {
+			a.calm(now)
+		}
+		return
+	}
+	// It is the cursor that keeps the queue short. Whether the server can do more now is
+	// found out by letting in more.
+	a.flow.capacity *= moreRoom
+	a.plan(now)
+}
+
+func (a *Admission) calm(now time.Time) {
+	if !a.overloaded {
+		return
+	}
+	waiting := 0
+	if a.queue != nil {
+		waiting = a.queue.Len()
+	}
+	a.overloaded = false
+	a.event(OverloadEnded, now, 0, waiting)
+	a.plan(now)
+}
+
+// plan sets the cursor, and the length and the order of the queue.
+func (a *Admission) plan(now time.Time) {
+	if a.queue == nil {
+		a.moveCursor(now, 0)
+		return
+	}
+	p := plan{length: a.queue.cfg.MaxLength, bound: a.queue.cfg.MaxWait, fits: levels}
+	if a.overloaded {
+		p = a.flow.plan(a.queue.cfg)
+	}
+	a.length, a.fits = p.length, p.fits
+	a.queue.Bound(p.bound, p.fits)
+	a.queue.NewestFirst(p.newestFirst)
+	a.moveCursor(now, p.cursor)
+	a.shed(now, a.length, p.fits, QueueTimeout)
+	a.shed(now, a.queue.cfg.MaxLength, levels, QueueTimeout)
+}
+
+func (a *Admission) moveCursor(now time.Time, to Level) {
+	if from := a.cursor; from != to {
+		a.cursor = to
+		a.event(CursorMoved, now, int(from), int(to))
+	}
+}
+
+func (a *Admission) limitMoved(now time.Time, from int) {
+	if to := a.limiter.Limit(); to != from {
+		a.event(LimitMoved, now, from, to)
+	}
+}
+
+// shed leaves so many in the queue, and all from the given level up.
+func (a *Admission) shed(now time.Time, leave int, from Level, why Reason) {
+	for a.queue.Len() > leave {
+		w, ok := a.queue.Shed(from)
+		if !ok {
+			return
+		}
+		a.settle(now, w, a.refusal(why))
+	}
+}
+
+func (a *Admission) enter(now time.Time) {
+	a.inFlight++
+	a.limiter.Begin(now, a.inFlight)
+}
+
+func (a *Admission) settle(now time.Time, w Waiter, d Decision) {
+	d.Ticket = w.Ticket
+	a.settled = append(a.settled, Settlement{Decision: d, Level: w.Level, Wait: now.Sub(w.Arrived), Owner: w.Owner})
+}
+
+func (a *Admission) event(kind EventKind, now time.Time, from, to int) {
+	if len(a.events) < maxEvents {
+		a.events = append(a.events, Event{Kind: kind, At: now, From: from, To: to})
+	}
+}
+
+// expected is the wait of one that comes now: those before it, and the one whose slot it
+// is to have.
+func (a *Admission) expected(level Level) time.Duration {
+	if a.flow.capacity <= 0 {
+		return 0
+	}
+	return time.Duration(float64(a.queue.Ahead(level)+1) / a.flow.capacity * float64(time.Second))
+}
+
+func (a *Admission) refusal(why Reason) Decision {
+	d := Decision{Reason: why}
+	if why != Hopeless {
+		d.RetryAfter = a.retryAfter()
+	}
+	return d
+}
+
+// retryAfter is an interval, the time in which the cursor moves, as many times as demand
+// is more than the capacity: if all that are refused come again after it, that doubles the
+// load at most.
+func (a *Admission) retryAfter() time.Duration {
+	return time.Duration(float64(interval) * min(max(a.flow.excess()+1, 1), 100))
+}

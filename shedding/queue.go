@@ -1,0 +1,385 @@
+package shedding
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// QueueConfig says who may wait for a slot. In each field, 0 is the default.
+type QueueConfig struct {
+	// MaxLength is how many may wait, in [1, 100000]. Default 1000. One that waits takes
+	// about 150 bytes here, and a goroutine with its request in the server.
+	MaxLength int
+
+	// Target is the wait that is not yet an overload, in (0, MaxWait]. Default 5 ms, or
+	// MaxWait if that is less. A wait that stays over it for 100 ms is one.
+	Target time.Duration
+
+	// MaxWait is the longest that anybody waits, in (0, 1 min]. Default 100 ms.
+	MaxWait time.Duration
+}
+
+const (
+	maxQueue     = 100_000
+	maxQueueWait = time.Minute
+
+	// interval is how long a wait must stay over its target to be no mere burst. CoDel's
+	// (Nichols and Jacobson, 2012; RFC 8289, 4.3), and that of its use for RPC queues
+	// (Maurer, "Fail at Scale", 2015).
+	interval = 100 * time.Millisecond
+)
+
+// Validate reports every fault of the configuration, joined.
+func (c QueueConfig) Validate() error {
+	var errs []error
+	d := c.withDefaults()
+	if d.MaxLength < 1 || d.MaxLength > maxQueue {
+		errs = append(errs, fmt.Errorf("shedding: queue maxLength %d, want [1, %d], or 0 for the default", c.MaxLength, maxQueue))
+	}
+	if d.MaxWait <= 0 || d.MaxWait > maxQueueWait {
+		errs = append(errs, fmt.Errorf("shedding: queue maxWait %v, want (0, %v], or 0 for the default", c.MaxWait, maxQueueWait))
+	} else if d.Target <= 0 || d.Target > d.MaxWait {
+		errs = append(errs, fmt.Errorf("shedding: queue target %v, want (0, maxWait %v], or 0 for the default", c.Target, d.MaxWait))
+	}
+	return errors.Join(errs...)
+}
+
+func (c QueueConfig) withDefaults() QueueConfig {
+	if c.MaxLength == 0 {
+		c.MaxLength = 1000
+	}
+	if c.MaxWait == 0 {
+		c.MaxWait = 100 * time.Millisecond
+	}
+	if c.Target == 0 {
+		c.Target = min(5*time.Millisecond, c.MaxWait)
+	}
+	return c
+}
+
+// Ticket names one that waits, or has waited. No two are the same in the life of a queue
+// (until a place has been taken four billion times). The zero value names nobody.
+type Ticket struct {
+	place      uint32
+	generation uint32
+}
+
+// Waiter is one who waits in a [Queue].
+type Waiter struct {
+	Ticket  Ticket
+	Level   Level
+	Arrived time.Time
+	Owner   any // who put it there: the queue does not look at it
+}
+
+// Queue is where requests wait for a slot: the highest class first, and in a class the
+// oldest first, or the newest first while [Queue.NewestFirst] says so. The first attempts
+// of a class and its extra ones are two lanes: who has to go goes from the lowest lane.
+// The queue is bounded in length, and each waits until a time of its own, and no longer
+// than MaxWait.
+//
+// Newest first is for an overload: of those who cannot all be served in time, the newest
+// have the most time left; the oldest first, all are served late (Maurer, "Fail at
+// Scale").
+//
+// A Queue is made by [NewQueue], reads no clock, and is not safe for concurrent use. What it
+// does costs O(log n) at most. It allocates only when it is longer than it has ever been.
+type Queue struct {
+	cfg         QueueConfig
+	newestFirst bool
+	// bound is how long those in lanes below boundBelow wait, however long they might
+	// have when they came.
+	bound      time.Duration
+	boundBelow int
+
+	// places are those who wait and those that are free; free ones are linked by next in
+	// their lane. The first is nobody's, so that 0 is none.
+	places []place
+	free   uint32
+	lanes  [lanes]laneQueue
+	// oldest and newest are the ends of the list of all, by arrival.
+	oldest, newest uint32
+	// byEnd is a heap of all, the first to have waited until its time at the root.
+	byEnd []uint32
+}
+
+// laneQueue is a list by arrival.
+type laneQueue struct {
+	oldest, newest uint32
+	n              int
+}
+
+type place struct {
+	Waiter
+	until              time.Time
+	older, newer       uint32 // in the lane
+	allOlder, allNewer uint32 // of all
+	heap               int32  // where in byEnd
+	taken              bool
+}
+
+// NewQueue returns an empty queue. All faults of cfg are reported together.
+func NewQueue(cfg QueueConfig) (*Queue, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	return &Queue{cfg: cfg.withDefaults(), places: make([]place, 1)}, nil
+}
+
+// Len is how many wait.
+func (q *Queue) Len() int { return len(q.byEnd) }
+
+// NewestFirst says in which order a class is served from now on.
+func (q *Queue) NewestFirst(on bool) { q.newestFirst = on }
+
+// Bound says how long those in lanes below that of the given level wait from now on,
+// whoever waits already too.
+func (q *Queue) Bound(d time.Duration, below Level) {
+	q.bound, q.boundBelow = max(d, 0), below.lane()
+}
+
+// Full tells whether as many wait as may.
+func (q *Queue) Full() bool { return q.Len() >= q.cfg.MaxLength }
+
+// Push puts a request at the end of its lane, to wait until the given time at most (zero:
+// as long as MaxWait lets it). It is not ok when the queue is full; to make room is up to
+// the caller ([Queue.Displace]). Times of calls must not go back.
+func (q *Queue) Push(now time.Time, level Level, until time.Time, owner any) (Ticket, bool) {
+	if q.Full() {
+		return Ticket{}, false
+	}
+	i := q.free
+	if i == 0 {
+		i = uint32(len(q.places))
+		q.places = append(q.places, place{})
+	} else {
+		q.free = q.places[i].newer
+	}
+	if end := now.Add(q.cfg.MaxWait); until.IsZero() || end.Before(until) {
+		until = end
+	}
+	p := &q.places[i]
+	lane := &q.lanes[level.lane()]
+	ticket := Ticket{place: i, generation: p.Ticket.generation + 1}
+	*p = place{
+		Waiter: Waiter{Ticket: ticket, Level: level, Arrived: now, Owner: owner},
+		until:  until, older: lane.newest, allOlder: q.newest, taken: true,
+	}
+	q.places[lane.newest].newer = i // place 0 may be written to: nobody reads it
+	q.places[q.newest].allNewer = i
+	lane.newest, q.newest = i, i
+	if lane.oldest == 0 {
+		lane.oldest = i
+	}
+	if q.oldest == 0 {
+		q.oldest = i
+	}
+	lane.n++
+	q.byEnd = append(q.byEnd, i)
+	q.up(len(q.byEnd) - 1)
+	return ticket, true
+}
+
+// Pop takes out the one whose turn it is.
+func (q *Queue) Pop() (Waiter, bool) {
+	for lane := lanes - 1; lane > 0; lane -= 2 {
+		first, extra := q.next(lane), q.next(lane-1)
+		switch {
+		case first == 0 && extra == 0:
+			continue
+		case first == 0:
+			return q.take(extra), true
+		case extra == 0:
+			return q.take(first), true
+		}
+		f, e := q.places[first].Arrived, q.places[extra].Arrived
+		if q.newestFirst && e.After(f) || !q.newestFirst && e.Before(f) {
+			return q.take(extra), true
+		}
+		return q.take(first), true
+	}
+	return Waiter{}, false
+}
+
+// next is who is next in a lane, or 0.
+func (q *Queue) next(lane int) uint32 {
+	if q.newestFirst {
+		return q.lanes[lane].newest
+	}
+	return q.lanes[lane].oldest
+}
+
+// Displace takes out the one who goes first when somebody of the given level wants to come
+// in and there is no room: the newest of the lowest lane, if that lane is below that of
+// the level; while the newest are served first, the oldest, and that of its own lane too.
+// Those in lanes not below that of the other level are left alone.
+func (q *Queue) Displace(level, below Level) (Waiter, bool) {
+	for lane := range min(level.lane()+1, below.lane()) {
+		l := q.lanes[lane]
+		switch {
+		case l.n == 0:
+		case q.newestFirst:
+			return q.take(l.oldest), true
+		case lane < level.lane():
+			return q.take(l.newest), true
+		}
+	}
+	return Waiter{}, false
+}
+
+// Shed takes out the one who has waited longest in the lowest lane, if that is below the
+// lane of the given level: who goes when there are more than should be.
+func (q *Queue) Shed(below Level) (Waiter, bool) {
+	for lane := range below.lane() {
+		if l := q.lanes[lane]; l.n > 0 {
+			return q.take(l.oldest), true
+		}
+	}
+	return Waiter{}, false
+}
+
+// Remove takes out the one that a ticket names. It is not ok when that one does not wait
+// any more.
+func (q *Queue) Remove(t Ticket) (Waiter, bool) {
+	if t.place == 0 || int(t.place) >= len(q.places) {
+		return Waiter{}, false
+	}
+	if p := &q.places[t.place]; !p.taken || p.Ticket != t {
+		return Waiter{}, false
+	}
+	return q.take(t.place), true
+}
+
+// Expire takes out one who has waited until its time.
+func (q *Queue) Expire(now time.Time) (Waiter, bool) {
+	end, first := q.nextEnd()
+	if first == 0 || end.After(now) {
+		return Waiter{}, false
+	}
+	return q.take(first), true
+}
+
+// NextEnd is when the next one will have waited until its time. It is not ok when nobody
+// waits.
+func (q *Queue) NextEnd() (end time.Time, ok bool) {
+	end, first := q.nextEnd()
+	return end, first != 0
+}
+
+func (q *Queue) nextEnd() (end time.Time, first uint32) {
+	if len(q.byEnd) == 0 {
+		return time.Time{}, 0
+	}
+	first = q.byEnd[0]
+	end = q.places[first].until
+	for _, l := range q.lanes[:q.boundBelow] {
+		if l.n == 0 {
+			continue
+		}
+		if e := q.places[l.oldest].Arrived.Add(q.bound); e.Before(end) {
+			end, first = e, l.oldest
+		}
+	}
+	return end, first
+}
+
+// Wait is for how long the oldest has waited; 0 when nobody waits.
+func (q *Queue) Wait(now time.Time) time.Duration {
+	if q.oldest == 0 {
+		return 0
+	}
+	return max(0, now.Sub(q.places[q.oldest].Arrived))
+}
+
+// Ahead is how many will be served before one of the given level that comes now, if
+// nobody comes after it.
+func (q *Queue) Ahead(level Level) int {
+	n, class := 0, level.lane()/2
+	for lane := 2 * class; lane < lanes; lane++ {
+		if lane/2 > class || !q.newestFirst {
+			n += q.lanes[lane].n
+		}
+	}
+	return n
+}
+
+// lane is the lane that the level is of; that of [levels], which is above all, is above
+// all.
+func (l Level) lane() int { return min(int(l)/Cohorts, lanes) }
+
+func (q *Queue) take(i uint32) Waiter {
+	p := &q.places[i]
+	w := p.Waiter
+	lane := &q.lanes[w.Level.lane()]
+	lane.n--
+	if lane.oldest == i {
+		lane.oldest = p.newer
+	}
+	if lane.newest == i {
+		lane.newest = p.older
+	}
+	q.places[p.older].newer = p.newer
+	q.places[p.newer].older = p.older
+	if q.oldest == i {
+		q.oldest = p.allNewer
+	}
+	if q.newest == i {
+		q.newest = p.allOlder
+	}
+	q.places[p.allOlder].allNewer = p.allNewer
+	q.places[p.allNewer].allOlder = p.allOlder
+
+	h, last := int(p.heap), len(q.byEnd)-1
+	q.swap(h, last)
+	q.byEnd = q.byEnd[:last]
+	if h < last {
+		q.down(h)
+		q.up(h)
+	}
+	p.taken = false
+	p.Owner = nil // for the collector
+	p.newer = q.free
+	q.free = i
+	return w
+}
+
+func (q *Queue) before(a, b int) bool {
+	return q.places[q.byEnd[a]].until.Before(q.places[q.byEnd[b]].until)
+}
+
+func (q *Queue) swap(a, b int) {
+	q.byEnd[a], q.byEnd[b] = q.byEnd[b], q.byEnd[a]
+	q.places[q.byEnd[a]].heap = int32(a)
+	q.places[q.byEnd[b]].heap = int32(b)
+}
+
+// up and down are container/heap's, which would allocate.
+func (q *Queue) up(i int) {
+	q.places[q.byEnd[i]].heap = int32(i)
+	for i > 0 {
+		parent := (i - 1) / 2
+		if !q.before(i, parent) {
+			return
+		}
+		q.swap(i, parent)
+		i = parent
+	}
+}
+
+func (q *Queue) down(i int) {
+	for {
+		child := 2*i + 1
+		if child >= len(q.byEnd) {
+			return
+		}
+		if right := child + 1; right < len(q.byEnd) && q.before(right, child) {
+			child = right
+		}
+		if !q.before(child, i) {
+			return
+		}
+		q.swap(i, child)
+		i = child
+	}
+}
