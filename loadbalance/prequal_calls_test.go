@@ -324,7 +324,7 @@ func TestPrequalProbesTimeOut(t *testing.T) {
 		before := f.probes()
 		calls, failures := f.run(t, 10*time.Second)
 		// 3, and those after 0.1, 0.2, 0.4, 0.8, 1.6, 3.2 and 6.4 s.
-		if n := f.probes() - before; n > 3*12 || n < 3*8 {
+		if n := f.probes() - before; n > 3*15 || n < 3*8 {
 			t.Errorf("%d probes of 3 servers in 10 s, want about 10 of each", n)
 		}
 		for i, n := range calls {
