@@ -25,6 +25,8 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/internal/telemetry"
+	"github.com/bobtail-rpc/bobtail/loadbalance"
 )
 
 // Client applies a policy to the calls of any number of connections. What belongs
@@ -38,6 +40,9 @@ type Client struct {
 
 	// current is swapped by Update. An atomic because every call reads it.
 	current atomic.Pointer[Policy]
+	// telemetry is nil without; observedEvents takes the balancers' events for it.
+	telemetry      *telemetry.Telemetry
+	observedEvents func(loadbalance.Event)
 	// targets is copied on write, because every call reads it.
 	targets atomic.Pointer[map[string]*target]
 	mu      sync.Mutex // serialises the writers of targets; guards told
@@ -49,6 +54,7 @@ func NewClient(p Policy, opts ...Option) (*Client, error) {
 	c := &Client{options: newOptions(opts), dialed: p, told: map[string]bool{}}
 	c.targets.Store(&map[string]*target{})
 	c.current.Store(&p)
+	c.observe()
 	c.warn(&p)
 	return c, nil
 }

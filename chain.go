@@ -32,7 +32,22 @@ import (
 func (c *Client) unary(ctx context.Context, name string, req, reply any, cc *grpc.ClientConn,
 	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	m := c.method(cc, name).overridden(ctx, opts)
-	ctx = shedding.PropagateCriticality(c.listening(ctx))
+	o := m.look(ctx, name)
+	if o == nil {
+		return m.call(c.listening(ctx, false), name, req, reply, cc, invoker, opts...)
+	}
+	o.invoker = invoker
+	// In case of a panic below: nobody knows how the call ended.
+	err := errAbandoned
+	defer func() { o.end(err) }()
+	err = m.call(c.listening(o, true), name, req, reply, cc, attemptUnary, opts...)
+	return err
+}
+
+// call makes a unary call of the method.
+func (m *method) call(ctx context.Context, name string, req, reply any, cc *grpc.ClientConn,
+	invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	ctx = shedding.PropagateCriticality(ctx)
 	if m.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, m.timeout)
@@ -54,11 +69,15 @@ func (c *Client) unary(ctx context.Context, name string, req, reply any, cc *grp
 }
 
 // listening makes a call take the events of its balancer, if anybody wants them.
-func (c *Client) listening(ctx context.Context) context.Context {
-	if c.options.balancerEvents == nil {
+func (c *Client) listening(ctx context.Context, observed bool) context.Context {
+	take := c.options.balancerEvents
+	if observed {
+		take = c.observedEvents
+	}
+	if take == nil {
 		return ctx
 	}
-	return loadbalance.WithEventHandler(ctx, c.options.balancerEvents)
+	return loadbalance.WithEventHandler(ctx, take)
 }
 
 // errAbandoned is the end of a call that panicked: a refusal, so that it counts for
@@ -84,7 +103,29 @@ func (m *method) invoke(ctx context.Context, name string, req, reply any, cc *gr
 func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string,
 	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	m := c.method(cc, name).overridden(ctx, opts)
-	ctx = shedding.PropagateCriticality(c.listening(ctx))
+	o := m.look(ctx, name)
+	if o == nil {
+		return m.begin(c.listening(ctx, false), desc, cc, name, streamer, opts...)
+	}
+	o.streamer = streamer
+	opened := errAbandoned // in case of a panic below
+	defer func() {
+		if opened != nil {
+			o.end(opened)
+		}
+	}()
+	opts, watch := rpc.Watch(o, desc, opts, o.end, nil)
+	s, err := m.begin(c.listening(o, true), desc, cc, name, attemptStream, opts...)
+	if opened = err; err != nil {
+		return s, err
+	}
+	return watch(s), nil
+}
+
+// begin begins a stream of the method.
+func (m *method) begin(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string,
+	streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	ctx = shedding.PropagateCriticality(ctx)
 	if m.timeout == 0 && m.guard == nil {
 		return m.open(ctx, desc, cc, name, streamer, opts...)
 	}

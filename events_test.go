@@ -2,7 +2,6 @@ package bobtail_test
 
 import (
 	"context"
-	"math/rand/v2"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -24,10 +23,11 @@ func TestBalancerEvents(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var ill atomic.Bool
+				var served atomic.Int64 // by the ill one: never three well in a row
 				f := grpctest.NewFleet(t, 4, grpctest.Handlers{
 					Unary: func(_ context.Context, b *grpctest.Backend, req *kvpb.Request) (*kvpb.Response, error) {
 						time.Sleep(2 * time.Millisecond)
-						if b.Index == 2 && ill.Load() && rand.IntN(2) == 0 {
+						if b.Index == 2 && ill.Load() && served.Add(1)%2 == 0 {
 							return nil, status.Error(codes.Internal, "ill")
 						}
 						return &kvpb.Response{Id: req.Id, Backend: b.Name}, nil

@@ -11,6 +11,7 @@ import (
 
 	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
+	"github.com/bobtail-rpc/bobtail/internal/telemetry"
 	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
@@ -202,7 +203,7 @@ func (k *kept) guard(c *Client, target string, m *method, e *entry, name string)
 		if k.breaker == nil || !reflect.DeepEqual(k.breakerOf, e.breaker) {
 			cfg := *e.breaker
 			cfg.Method = name
-			cfg.OnStateChange = func(ch breaker.Change) { c.breakerChanged(target, ch) }
+			cfg.OnStateChange = func(ch breaker.Change) { c.breakerChanged(target, m.telemetry, ch) }
 			b, err := breaker.New(cfg)
 			if err != nil {
 				return err
@@ -216,7 +217,8 @@ func (k *kept) guard(c *Client, target string, m *method, e *entry, name string)
 }
 
 // breakerChanged logs what an operator wants to have been told.
-func (c *Client) breakerChanged(target string, ch breaker.Change) {
+func (c *Client) breakerChanged(target string, m *telemetry.Method, ch breaker.Change) {
+	m.BreakerChanged(context.Background(), ch.To.String(), string(ch.Reason))
 	level := slog.LevelInfo
 	if ch.To == breaker.Open {
 		level = slog.LevelWarn

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 
 	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/internal/telemetry"
 	"github.com/bobtail-rpc/bobtail/loadbalance"
 	"github.com/bobtail-rpc/bobtail/retry"
 	"github.com/bobtail-rpc/bobtail/shedding"
@@ -21,6 +22,10 @@ type options struct {
 	retryReports   func(context.Context, retry.Report)
 	refusalReports func(context.Context, Refusal)
 	balancerEvents func(loadbalance.Event)
+
+	tracers          telemetry.TracerProvider // nil: the global one
+	meters           telemetry.MeterProvider  // likewise
+	withoutTelemetry bool
 
 	serverReports func(context.Context, shedding.ServerEvent)
 	withoutTap    bool

@@ -3,6 +3,7 @@ package bobtail
 import (
 	"errors"
 	"maps"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/internal/telemetry"
 	"github.com/bobtail-rpc/bobtail/retry"
 	"github.com/bobtail-rpc/bobtail/shedding"
 )
@@ -33,7 +35,8 @@ type target struct {
 	// atomic because every call reads it.
 	table atomic.Pointer[table]
 
-	name string // cc.Target(), or "" of those beyond the bound
+	name  string // cc.Target(), or "" of those beyond the bound
+	label string // cc.CanonicalTarget(), for telemetry; "other" of those
 
 	mu       sync.Mutex // guards the rest and serialises the writers of table
 	kept     map[string]*kept
@@ -76,10 +79,13 @@ type method struct {
 	// counts says which failures of a call that makes one attempt count for throttling;
 	// nil: none, for no code is retryable.
 	counts func(codes.Code) bool
+
+	telemetry *telemetry.Method // nil: nobody is told
+	tied      bool              // its hedges are tied copies
 }
 
 func (c *Client) target(cc *grpc.ClientConn) *target {
-	name := ""
+	name, label := "", "other"
 	if cc != nil {
 		name = cc.Target()
 	}
@@ -91,11 +97,13 @@ func (c *Client) target(cc *grpc.ClientConn) *target {
 	old := *c.targets.Load()
 	if len(old) >= maxTargets {
 		name = "" // shared; no connection has an empty target
+	} else if cc != nil {
+		label = cc.CanonicalTarget()
 	}
 	if t := old[name]; t != nil {
 		return t
 	}
-	t := &target{name: name, kept: map[string]*kept{}}
+	t := &target{name: name, label: label, kept: map[string]*kept{}}
 	t.table.Store(&table{})
 	grown := maps.Clone(old)
 	grown[name] = t
@@ -186,6 +194,7 @@ func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *metho
 		m.throttle = t.throttle
 	}
 	e, named := p.lookup(name)
+	m.telemetry = c.telemetry.Method(t.label, name, e != nil && named || recognized(name))
 	if e == nil {
 		return m, false
 	}
@@ -259,6 +268,7 @@ func (k *kept) hedge(c *Client, m *method, of *hedging.Config, in mode) (err err
 	}
 	if err == nil {
 		k.hedger = m.hedger
+		m.tied = cfg.Tied
 	}
 	return err
 }
@@ -291,16 +301,7 @@ func (e *entry) consents(method string, named bool) bool {
 
 // idempotency looks a "/service/method" up among the linked descriptors.
 func idempotency(method string) descriptorpb.MethodOptions_IdempotencyLevel {
-	name := []byte(method)
-	for i, b := range name {
-		if b == '/' {
-			name[i] = '.'
-		}
-	}
-	if len(name) == 0 || name[0] != '.' {
-		return descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
-	}
-	d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(name[1:]))
+	d, err := protoregistry.GlobalFiles.FindDescriptorByName(descriptorName(method))
 	if err != nil {
 		return descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
 	}
@@ -309,4 +310,13 @@ func idempotency(method string) descriptorpb.MethodOptions_IdempotencyLevel {
 		return descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN
 	}
 	return o.GetIdempotencyLevel()
+}
+
+// descriptorName is what the descriptor of a "/service/method" is called, "" if it is no such name.
+func descriptorName(method string) protoreflect.FullName {
+	name, ok := strings.CutPrefix(method, "/")
+	if !ok {
+		return ""
+	}
+	return protoreflect.FullName(strings.ReplaceAll(name, "/", "."))
 }

@@ -136,6 +136,7 @@ func TestVirtualSpread(t *testing.T) {
 // thirds of what even shares send there is too much); who sees queues alone still sends
 // them more than is good for p99.
 func TestVirtualSkewed(t *testing.T) {
+	t.Parallel()
 	sc := named(t, "skewed")
 	policies := []string{"round_robin", "least_request", "p2c"}
 	if testing.Short() {
@@ -206,6 +207,7 @@ func TestVirtualSinkhole(t *testing.T) {
 // Each backend pauses for 100 to 300 ms in every 10 s: a fiftieth of the calls waits,
 // which a second attempt elsewhere cures for as much extra load.
 func TestVirtualGCPause(t *testing.T) {
+	t.Parallel()
 	sc := named(t, "gc-pause")
 	policies := []string{"round_robin", "hedge"}
 	if testing.Short() {
@@ -225,6 +227,7 @@ func TestVirtualGCPause(t *testing.T) {
 
 // One of five backends is gone for half a second, and slow for 10 s when it is back.
 func TestVirtualColdStart(t *testing.T) {
+	t.Parallel()
 	sc := named(t, "cold-start")
 	if testing.Short() {
 		sc.Requests /= 2 // the first 12.5 s
@@ -306,6 +309,7 @@ func (r played) keyed(backends int) (k keyed) {
 // A key that is too hot for one backend takes a few, not all; the others stay at home;
 // and nobody waits for it.
 func TestVirtualHotKey(t *testing.T) {
+	t.Parallel()
 	sc := named(t, "hot-key")
 	if testing.Short() {
 		sc.Requests /= 2

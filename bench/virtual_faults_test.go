@@ -118,6 +118,7 @@ func TestVirtualBlackhole(t *testing.T) {
 // Without retries the backlog drains in two minutes (FIGURES: 121 s); naive retries
 // of what the proxy gave up on keep the server busy with work that nobody waits for.
 func TestVirtualMetastable(t *testing.T) {
+	t.Parallel()
 	sc := named(t, "metastable")
 	if testing.Short() { // the same at a tenth of the size
 		sc.Rate, sc.Requests = sc.Rate/10, sc.Requests/10
@@ -163,6 +164,7 @@ func TestVirtualMetastableServer(t *testing.T) {
 
 // One retry, as in the paper: the server is kept at twice the load, for good.
 func TestVirtualMetastableOnce(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("100 s of 280 requests/s; TestVirtualMetastable has the like")
 	}

@@ -128,6 +128,7 @@ const careful = `{
 // the load (PEERS); failsafe-go's with a breaker lets 297 requests fail after all
 // is well.
 func TestVirtualOutage(t *testing.T) {
+	t.Parallel()
 	clients, rate := 50, 800.0
 	if testing.Short() {
 		clients, rate = 25, 400

@@ -74,6 +74,7 @@ const sweepSeed = 2
 // the best possible at 2, 4 and 8 times, with a p99 of 40 ms; failsafe-go's prioritized
 // limiter nothing at all (PEERS).
 func TestVirtualSweep(t *testing.T) {
+	t.Parallel()
 	warmup, duration := 5*time.Second, 10*time.Second
 	if testing.Short() {
 		warmup, duration = 3*time.Second, 3*time.Second
@@ -138,6 +139,7 @@ func inOrder(t *testing.T, p point, weights map[string]float64) {
 
 // The acceptance of tied requests, at half of what the servers can do.
 func TestVirtualTied(t *testing.T) {
+	t.Parallel()
 	duration := 10 * time.Second
 	if testing.Short() {
 		duration = 5 * time.Second

@@ -151,6 +151,7 @@ func TestVirtualHedge(t *testing.T) {
 // of the best that any blind single hedge can do at 5% of extra load, and no seed is far
 // from it. A budget that refuses whoever comes fails here: its median p99.9 was 30 ms.
 func TestVirtualMedian(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("five runs of 20,000 calls")
 	}
