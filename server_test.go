@@ -293,7 +293,7 @@ func serve(t *testing.T, srv *grpc.Server) *grpc.ClientConn {
 	lis := bufconn.Listen(64 << 10)
 	go srv.Serve(lis) //nolint:errcheck // it returns when the test stops the server
 	cc, err := grpc.NewClient("passthrough:///server", grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return grpctest.Dial(ctx, lis) }))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -400,7 +400,7 @@ func TestServerRollingRestart(t *testing.T) {
 		cc, err := grpc.NewClient("restart:///kv", append(c.DialOptions(), grpc.WithResolvers(addresses),
 			grpc.WithTransportCredentials(insecure.NewCredentials()),
 			grpc.WithContextDialer(func(ctx context.Context, name string) (net.Conn, error) {
-				return backends[name].lis.Load().DialContext(ctx)
+				return grpctest.Dial(ctx, backends[name].lis.Load())
 			}))...)
 		if err != nil {
 			t.Fatal(err)

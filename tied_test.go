@@ -21,6 +21,7 @@ import (
 
 	"github.com/bobtail-rpc/bobtail"
 	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 	"github.com/bobtail-rpc/bobtail/shedding"
 )
@@ -182,7 +183,7 @@ func queueingFleet(t *testing.T, text string, load float64, n int, service func(
 			cc, err := grpc.NewClient("clinic:///kv", append(c.DialOptions(), grpc.WithResolvers(r),
 				grpc.WithTransportCredentials(insecure.NewCredentials()),
 				grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
-					conn, err := fleet[addr].lis.DialContext(ctx)
+					conn, err := grpctest.Dial(ctx, fleet[addr].lis)
 					if err != nil {
 						return nil, err
 					}

@@ -21,6 +21,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/report"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
+	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
 
@@ -38,6 +39,9 @@ func named(t *testing.T, name string) *scenario.Scenario {
 }
 
 func virtualSleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 { // see grpctest.Dial
+		return ctx.Err()
+	}
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -142,7 +146,7 @@ func (f *backends) Dial(opts ...grpc.DialOption) *grpc.ClientConn {
 		if err != nil {
 			return nil, err
 		}
-		return f.listeners[i].Load().DialContext(ctx)
+		return grpctest.Dial(ctx, f.listeners[i].Load())
 	}
 	cc, err := grpc.NewClient("virtual:///kv", append([]grpc.DialOption{
 		grpc.WithTransportCredentials(insecure.NewCredentials()),

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/test/bufconn"
 
+	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 )
 
@@ -134,7 +135,7 @@ func (c *cluster) connect(indexes []int, opts ...grpc.DialOption) kvpb.KVClient 
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 			for _, s := range c.servers {
 				if s.name == addr {
-					return s.listener.Load().DialContext(ctx)
+					return grpctest.Dial(ctx, s.listener.Load())
 				}
 			}
 			return nil, fmt.Errorf("no server %q", addr)

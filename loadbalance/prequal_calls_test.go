@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
+	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 	"github.com/bobtail-rpc/bobtail/loadbalance/loadpb"
 )
@@ -102,7 +103,7 @@ func startReporting(t *testing.T, n int, config string, reports func(i int) bool
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 			for _, b := range f.backends {
 				if b.name == addr {
-					return b.lis.Load().DialContext(ctx)
+					return grpctest.Dial(ctx, b.lis.Load())
 				}
 			}
 			return nil, fmt.Errorf("no backend %q", addr)

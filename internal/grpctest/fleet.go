@@ -153,7 +153,7 @@ func (f *Fleet) state(indexes []int) resolver.State {
 func (f *Fleet) dial(ctx context.Context, addr string) (net.Conn, error) {
 	for _, b := range f.Backends {
 		if b.Name == addr {
-			return b.lis.Load().DialContext(ctx)
+			return Dial(ctx, b.lis.Load())
 		}
 	}
 	return nil, fmt.Errorf("grpctest: no backend %q", addr)
