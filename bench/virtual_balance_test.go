@@ -136,6 +136,9 @@ func TestVirtualSpread(t *testing.T) {
 // thirds of what even shares send there is too much); who sees queues alone still sends
 // them more than is good for p99.
 func TestVirtualSkewed(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	sc := named(t, "skewed")
 	policies := []string{"round_robin", "least_request", "p2c"}
@@ -207,6 +210,9 @@ func TestVirtualSinkhole(t *testing.T) {
 // Each backend pauses for 100 to 300 ms in every 10 s: a fiftieth of the calls waits,
 // which a second attempt elsewhere cures for as much extra load.
 func TestVirtualGCPause(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	sc := named(t, "gc-pause")
 	policies := []string{"round_robin", "hedge"}
@@ -227,6 +233,9 @@ func TestVirtualGCPause(t *testing.T) {
 
 // One of five backends is gone for half a second, and slow for 10 s when it is back.
 func TestVirtualColdStart(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	sc := named(t, "cold-start")
 	if testing.Short() {
@@ -309,6 +318,9 @@ func (r played) keyed(backends int) (k keyed) {
 // A key that is too hot for one backend takes a few, not all; the others stay at home;
 // and nobody waits for it.
 func TestVirtualHotKey(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	sc := named(t, "hot-key")
 	if testing.Short() {

@@ -118,6 +118,9 @@ func TestVirtualBlackhole(t *testing.T) {
 // Without retries the backlog drains in two minutes (FIGURES: 121 s); naive retries
 // of what the proxy gave up on keep the server busy with work that nobody waits for.
 func TestVirtualMetastable(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	sc := named(t, "metastable")
 	if testing.Short() { // the same at a tenth of the size
@@ -155,6 +158,9 @@ func TestVirtualMetastable(t *testing.T) {
 // A server that takes in no more than it can do has no backlog to work off: it is back at
 // once, whatever its clients do, where the plain pair never is.
 func TestVirtualMetastableServer(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	sc := named(t, "metastable")
 	sc.Requests = int(40 * sc.Rate)
 	for _, run := range sideBySide(t, sc, seed, "shed", "shed+client", "retry-naive+shed") {
@@ -164,6 +170,9 @@ func TestVirtualMetastableServer(t *testing.T) {
 
 // One retry, as in the paper: the server is kept at twice the load, for good.
 func TestVirtualMetastableOnce(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	if testing.Short() {
 		t.Skip("100 s of 280 requests/s; TestVirtualMetastable has the like")

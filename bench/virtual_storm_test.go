@@ -128,6 +128,9 @@ const careful = `{
 // the load (PEERS); failsafe-go's with a breaker lets 297 requests fail after all
 // is well.
 func TestVirtualOutage(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	clients, rate := 50, 800.0
 	if testing.Short() {

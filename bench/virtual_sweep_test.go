@@ -74,6 +74,9 @@ const sweepSeed = 2
 // the best possible at 2, 4 and 8 times, with a p99 of 40 ms; failsafe-go's prioritized
 // limiter nothing at all (PEERS).
 func TestVirtualSweep(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	warmup, duration := 5*time.Second, 10*time.Second
 	if testing.Short() {
@@ -139,6 +142,9 @@ func inOrder(t *testing.T, p point, weights map[string]float64) {
 
 // The acceptance of tied requests, at half of what the servers can do.
 func TestVirtualTied(t *testing.T) {
+	if underRace {
+		t.Skip("a measurement")
+	}
 	t.Parallel()
 	duration := 10 * time.Second
 	if testing.Short() {
