@@ -263,9 +263,10 @@ func TestTiedTable(t *testing.T) {
 			}
 		}
 		none, hedge, tied := cells[0], cells[1], cells[2]
-		// At a third of the load few calls queue, and the two are much alike.
+		// At a third of the load few calls queue, and the two are much alike; near saturation
+		// p99 is that of the longest busy spell of a run, and either may have the luck.
 		than := hedge
-		if load < 0.5 {
+		if load < 0.5 || load > 0.8 {
 			than = none
 		}
 		if tied.p99 >= than.p99 || tied.p50 > none.p50 {
