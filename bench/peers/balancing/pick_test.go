@@ -5,10 +5,13 @@ import (
 	"fmt"
 	"testing"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
+	"google.golang.org/grpc/status"
 )
 
 // BenchmarkPick is one pick and the end of its call, with as many endpoints as told,
@@ -117,4 +120,20 @@ func (sc *fakeSubConn) become(s connectivity.State) {
 	if s == connectivity.Ready && sc.health != nil {
 		sc.health(balancer.SubConnState{ConnectivityState: s})
 	}
+}
+
+// GetOrBuildProducer gives what asks the endpoint for its load a server that has no such
+// service.
+func (sc *fakeSubConn) GetOrBuildProducer(b balancer.ProducerBuilder) (balancer.Producer, func()) {
+	return b.Build(refusing{})
+}
+
+type refusing struct{}
+
+func (refusing) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {
+	return status.Error(codes.Unimplemented, "refusing")
+}
+
+func (refusing) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, status.Error(codes.Unimplemented, "refusing")
 }
