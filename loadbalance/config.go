@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -53,7 +54,8 @@ func parseObject(js json.RawMessage, parsers map[string]func(json.RawMessage) er
 	if _, err := dec.Token(); err != nil {
 		return errors.Join(append(errs, fmt.Errorf("not JSON: %w", err))...)
 	}
-	if dec.More() {
+	// Not dec.More, to which a brace too many is an end.
+	if _, err := dec.Token(); err != io.EOF {
 		errs = append(errs, errors.New("not JSON: more than one value"))
 	}
 	return errors.Join(errs...)

@@ -531,6 +531,7 @@ func TestParseConfig(t *testing.T) {
 		{js: `{"decayTime"`, errs: []string{"not JSON"}},
 		{js: `{"decayTime": "1s"`, errs: []string{"not JSON"}},
 		{js: `{} {}`, errs: []string{"not JSON"}},
+		{js: `{}}`, errs: []string{"not JSON"}},
 	} {
 		c, err := p2cBuilder{}.ParseConfig([]byte(tc.js))
 		if len(tc.errs) == 0 {
