@@ -137,7 +137,7 @@ func TestVirtualSpread(t *testing.T) {
 // them more than is good for p99.
 func TestVirtualSkewed(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	sc := named(t, "skewed")
@@ -211,7 +211,7 @@ func TestVirtualSinkhole(t *testing.T) {
 // which a second attempt elsewhere cures for as much extra load.
 func TestVirtualGCPause(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	sc := named(t, "gc-pause")
@@ -234,7 +234,7 @@ func TestVirtualGCPause(t *testing.T) {
 // One of five backends is gone for half a second, and slow for 10 s when it is back.
 func TestVirtualColdStart(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	sc := named(t, "cold-start")
@@ -319,7 +319,7 @@ func (r played) keyed(backends int) (k keyed) {
 // and nobody waits for it.
 func TestVirtualHotKey(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	sc := named(t, "hot-key")

@@ -119,7 +119,7 @@ func TestVirtualBlackhole(t *testing.T) {
 // of what the proxy gave up on keep the server busy with work that nobody waits for.
 func TestVirtualMetastable(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	sc := named(t, "metastable")
@@ -159,7 +159,7 @@ func TestVirtualMetastable(t *testing.T) {
 // once, whatever its clients do, where the plain pair never is.
 func TestVirtualMetastableServer(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	sc := named(t, "metastable")
 	sc.Requests = int(40 * sc.Rate)
@@ -171,7 +171,7 @@ func TestVirtualMetastableServer(t *testing.T) {
 // One retry, as in the paper: the server is kept at twice the load, for good.
 func TestVirtualMetastableOnce(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	if testing.Short() {

@@ -129,7 +129,7 @@ const careful = `{
 // is well.
 func TestVirtualOutage(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	clients, rate := 50, 800.0

@@ -75,7 +75,7 @@ const sweepSeed = 2
 // limiter nothing at all (PEERS).
 func TestVirtualSweep(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	warmup, duration := 5*time.Second, 10*time.Second
@@ -143,7 +143,7 @@ func inOrder(t *testing.T, p point, weights map[string]float64) {
 // The acceptance of tied requests, at half of what the servers can do.
 func TestVirtualTied(t *testing.T) {
 	if underRace {
-		t.Skip("a measurement")
+		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
 	duration := 10 * time.Second
