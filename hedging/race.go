@@ -214,7 +214,7 @@ func (r *race) attempt(b *branch) *branch {
 	if superseded && b.err != nil {
 		code = codes.Canceled // whatever it says, it was cut off
 	}
-	if b.err != nil && (superseded || r.ctx.Err() != nil) {
+	if b.err != nil && (superseded || r.left(now)) {
 		r.reclaim(b, now)
 	}
 	if !b.unmeasured {
@@ -223,7 +223,7 @@ func (r *race) attempt(b *branch) *branch {
 	if superseded {
 		return nil
 	}
-	res := r.judge(b, code)
+	res := r.judge(b, code, now)
 	if t := r.h.cfg.Throttle; t != nil {
 		switch {
 		case res.class == success:
@@ -244,15 +244,19 @@ func (b *branch) nowhere(code codes.Code) bool {
 
 func (b *branch) number() int16 { return int16(b.attempt.Number) }
 
-// judge says what the end of an attempt means to the call.
-func (r *race) judge(b *branch, code codes.Code) result {
+// left reports whether the caller waits no longer. The server knows the deadline too, and
+// may say that it has passed before our own timer does.
+func (r *race) left(now time.Duration) bool { return r.ctx.Err() != nil || now >= r.core.deadline }
+
+// judge says what the end of an attempt at now means to the call.
+func (r *race) judge(b *branch, code codes.Code, now time.Duration) result {
 	res := result{class: r.h.class(code)}
 	if res.class == success {
 		return res
 	}
 	// What ends because the caller's own context has ended is the caller's doing,
 	// whatever the policy says of its code.
-	if r.ctx.Err() != nil {
+	if r.left(now) {
 		res.class = fatal
 	} else if res.class == fatal && r.core.running > 1 && outcome.Overloaded(b.err) {
 		// One server had no room for it, an extra attempt least of all. That says nothing

@@ -176,7 +176,11 @@ func (p *permit) wait(ctx context.Context) (Decision, error) {
 	}
 	p.event.Wait = st.Wait
 	p.holds = st.Verb == Admitted
-	if err := ctx.Err(); err != nil {
+	err := ctx.Err()
+	if deadline, ok := ctx.Deadline(); ok && err == nil && !time.Now().Before(deadline) {
+		err = context.DeadlineExceeded // the core's timer was quicker than the context's
+	}
+	if err != nil {
 		if p.holds {
 			p.release(0, Ignored)
 		}
