@@ -41,6 +41,22 @@ func bucketOf(d time.Duration) int {
 	return 1 + (exp-minExp)*perOctave + sub
 }
 
+// edge returns where bucket b begins, and how wide it is.
+func edge(b int) (low, width time.Duration) {
+	exp := minExp + (b-1)/perOctave
+	width = time.Duration(1) << (exp - subBits)
+	return width * time.Duration(perOctave+(b-1)%perOctave), width
+}
+
+// offset returns at which fraction of its bucket b the duration d lies, in [0, 1].
+func offset(b int, d time.Duration) float64 {
+	if b == underflow || b == overflow {
+		return 1
+	}
+	low, width := edge(b)
+	return float64(d-low) / float64(width)
+}
+
 // within returns the duration at fraction f of bucket b, f in [0, 1].
 //
 // Interpolating all the way to the edges would answer 1/32 too much when all the
@@ -55,8 +71,6 @@ func within(b int, f float64) time.Duration {
 	case overflow:
 		return longest
 	}
-	exp := minExp + (b-1)/perOctave
-	width := time.Duration(1) << (exp - subBits)
-	low := width * time.Duration(perOctave+(b-1)%perOctave)
+	low, width := edge(b)
 	return low + time.Duration(float64(width)*min(max(f, innermost), outermost))
 }

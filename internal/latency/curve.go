@@ -90,6 +90,14 @@ func (c *curve) upTo(b int) uint64 {
 	return c.points[b].Load() >> 32
 }
 
+// fraction returns the probability of a duration of at most d, taking the durations of a
+// bucket for evenly spread.
+func (c *curve) fraction(d time.Duration) float64 {
+	b := bucketOf(d)
+	before, after := c.upTo(b-1), c.upTo(b)
+	return (float64(before) + offset(b, d)*float64(after-before)) / scale
+}
+
 // quantile returns the q-quantile and whether the samples support it, by the
 // rules that [Tracker.Quantile] states.
 func (c *curve) quantile(q float64) (time.Duration, bool) {

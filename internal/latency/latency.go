@@ -141,6 +141,24 @@ func (t *Tracker) Quantile(now time.Time, q float64) (d time.Duration, ok bool) 
 	if !(q > 0 && q < 1) { // not q <= 0 || q >= 1, which lets NaN pass
 		return 0, false
 	}
+	read := t.read(now, func(c *curve) { d, ok = c.quantile(q) })
+	if !read {
+		return 0, false
+	}
+	return d, ok
+}
+
+// UpTo returns the fraction of attempts that take at most d, in [0, 1]. It is the inverse of
+// [Tracker.Quantile] without its judgement: false only when the window holds no sample. Beyond
+// the longest attempt that completed it says no more than that one's fraction.
+func (t *Tracker) UpTo(now time.Time, d time.Duration) (p float64, ok bool) {
+	read := t.read(now, func(c *curve) { p, ok = c.fraction(d), c.samples.Load() > 0 })
+	return p, read && ok
+}
+
+// read calls f with the curve of the window that ends at now, perhaps more than once: the
+// last call counts. It is false when there is none.
+func (t *Tracker) read(now time.Time, f func(*curve)) bool {
 	at := int64(now.Sub(t.start))
 	if t.stale(at) {
 		t.refresh(at)
@@ -148,20 +166,17 @@ func (t *Tracker) Quantile(now time.Time, q float64) (d time.Duration, ok bool) 
 	for {
 		g := t.published.Load()
 		if g == 0 {
-			return 0, false
+			return false
 		}
 		c := &t.curves[g%2]
 		// A curve as old as the window holds nothing that still counts. It is met
 		// here after a long silence, while another caller makes the new one.
 		expired := at-c.at.Load() >= int64(t.window)
-		d, ok = c.quantile(q)
+		f(c)
 		// Curve g+2 overwrites curve g. If it had begun, two refreshes went by
 		// during this read, and progress was made; so this loop is lock-free.
 		if t.begun.Load() < g+2 {
-			if expired {
-				return 0, false
-			}
-			return d, ok
+			return !expired
 		}
 	}
 }

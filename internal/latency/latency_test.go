@@ -94,6 +94,38 @@ func TestQuantileOutOfRange(t *testing.T) {
 	}
 }
 
+func TestUpTo(t *testing.T) {
+	tracker := New(30*time.Second, epoch0)
+	if p, ok := tracker.UpTo(epoch0, time.Second); ok {
+		t.Errorf("%v of no attempts, want false", p)
+	}
+	for i := range 1000 { // 1 to 100 ms, evenly
+		tracker.Record(epoch0, time.Millisecond+time.Duration(i)*99*time.Microsecond, false)
+	}
+	tracker.Record(epoch0, 2*longest, true)
+	for _, tt := range []struct {
+		d    time.Duration
+		want float64
+	}{
+		{-1, 0}, {0, 0}, {time.Millisecond / 2, 0}, {10 * time.Millisecond, 9. / 99}, {50 * time.Millisecond, 49. / 99},
+		{99 * time.Millisecond, 98. / 99}, {time.Second, 1}, {3 * longest, 1},
+	} {
+		// The one that was cut off moves nothing by more than a thousandth.
+		if p, ok := tracker.UpTo(epoch0, tt.d); !ok || math.Abs(p-tt.want) > 0.004 {
+			t.Errorf("%v up to %v, want %v", p, tt.d, tt.want)
+		}
+	}
+	for _, q := range []float64{0.1, 0.5, 0.9, 0.99} {
+		d, _ := tracker.Quantile(epoch0, q)
+		if p, ok := tracker.UpTo(epoch0, d); !ok || math.Abs(p-q) > 0.02 {
+			t.Errorf("%v up to the %v-quantile %v", p, q, d)
+		}
+	}
+	if p, ok := tracker.UpTo(epoch0.Add(time.Minute), time.Second); ok {
+		t.Errorf("%v of attempts that are forgotten, want false", p)
+	}
+}
+
 // A story: a tracker is born, learns, sees the service change, falls silent.
 func TestWindow(t *testing.T) {
 	const ms = time.Millisecond
@@ -244,7 +276,7 @@ func TestConcurrentRecordAndQuantile(t *testing.T) {
 	}
 }
 
-// Both calls, refreshes and rotations included, cost no allocation.
+// All calls, refreshes and rotations included, cost no allocation.
 func TestNoAllocations(t *testing.T) {
 	tracker := New(30*time.Second, epoch0)
 	now := epoch0
@@ -255,6 +287,7 @@ func TestNoAllocations(t *testing.T) {
 		tracker.Record(now, 7*time.Millisecond, true)
 		tracker.Quantile(now, 0.95)
 		tracker.Quantile(now, 0.999)
+		tracker.UpTo(now, 6*time.Millisecond)
 	})
 	if allocs != 0 {
 		t.Errorf("%v allocations, want 0", allocs)
