@@ -146,10 +146,14 @@ type Stats struct {
 // that drift and variance, reflected at 0 and n, loses 1% of its steps at 0 (Harrison,
 // Brownian Motion and Stochastic Flow Systems, 1985): with a shorter one slots are idle, with
 // a longer one all only wait. A load that just fits has n = s/(2 x 0.0225), which refuses
-// 2.25% of it by chance. Nobody waits longer than 1.25 times what that length takes, twice
+// 2.25% of it by chance. Nobody waits longer than 1.25 times what that length takes, once
 // if the cursor is at the bottom. All this is for the lanes that do not fit: those of which
 // the demand, with all above them, is less than 0.92 of the capacity may fill the queue and
 // wait as long as they can.
+//
+// While the cursor is at the bottom, which is while the load about fits, the two sheddable
+// classes are served as one: all waiting falls on what is served last, and would be twice as long if
+// that were half of the load.
 //
 // When e is more than m + 0.2, which is when the cursor cannot divide the load, the newest
 // are served first. Not otherwise: of a load that just fits, the oldest would wait until the
@@ -165,7 +169,9 @@ type Admission struct {
 	cfg      AdmissionConfig
 	limiter  *Limiter
 	queue    *Queue // nil: none
+	spare    *Queue // one that was, empty: so that no ticket is ever given out twice
 	inFlight int
+	lasting  int       // of those in flight: for whom the limit is raised
 	now      time.Time // the latest that was brought
 
 	overloaded   bool
@@ -194,29 +200,34 @@ func NewAdmission(cfg AdmissionConfig) (*Admission, error) {
 	return a, nil
 }
 
-// Reconfigure changes the configuration. Handlers run on; those who wait go on waiting as
-// long as they were going to, as far as there is room. A limiter of which only the bounds
-// change keeps what it has found.
+// Reconfigure changes the configuration. Handlers run on; those who wait go on waiting, as
+// far as the new bounds let them. A limiter of which only the bounds change keeps what it has
+// found.
 func (a *Admission) Reconfigure(now time.Time, cfg AdmissionConfig) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
 	now = a.begin(now)
 	from := a.limiter.Limit()
-	was, will := a.limiter.cfg, cfg.Limiter.withDefaults()
-	if was.Algorithm == will.Algorithm && was.Initial == will.Initial {
-		a.limiter.cfg = will
-		a.limiter.set(a.limiter.limit)
+	will := cfg.Limiter.withDefaults()
+	if a.limiter.cfg.Algorithm == will.Algorithm && a.cfg.Limiter.Initial == cfg.Limiter.Initial && will.Algorithm != Static {
+		a.limiter.reconfigure(now, will, a.busy())
 	} else {
 		a.limiter, _ = NewLimiter(cfg.Limiter)
+		a.limiter.inherit(now, a.busy())
 	}
 	switch {
 	case cfg.Queue == nil && a.queue != nil:
 		a.shed(now, 0, levels, AtLimit)
-		a.queue = nil
+		a.spare, a.queue = a.queue, nil
 		a.calm(now)
 	case cfg.Queue != nil && a.queue == nil:
-		a.queue, _ = NewQueue(*cfg.Queue)
+		if a.queue = a.spare; a.queue == nil {
+			a.queue, _ = NewQueue(*cfg.Queue)
+		}
+		a.flow = flow{start: now} // what came while nobody looked is of no use
+		a.above, a.below = time.Time{}, time.Time{}
+		fallthrough
 	case cfg.Queue != nil:
 		a.queue.cfg = cfg.Queue.withDefaults()
 	}
@@ -247,7 +258,7 @@ func (a *Admission) decide(now time.Time, level Level, r Request) Decision {
 	if level < a.cursor {
 		return a.refusal(BelowCursor)
 	}
-	if a.inFlight < a.limiter.Limit() {
+	if a.busy() < a.limiter.Limit() {
 		// Nobody waits: whoever did has been let in when the slot became free.
 		a.flow.foundFree++
 		a.enter(now)
@@ -285,11 +296,23 @@ func (a *Admission) Done(now time.Time, ran time.Duration, r Result) {
 		a.inFlight--
 	}
 	from := a.limiter.Limit()
-	a.limiter.End(now, a.inFlight, ran, r)
+	a.limiter.End(now, a.busy(), ran, r)
 	a.limitMoved(now, from)
 	a.flow.done(ran, r)
 	a.end(now)
 }
+
+// Lasting tells that n more of those that run (fewer, if n is negative) are no load to speak
+// of, such as streams that have been open for long. They are in flight until Done as before,
+// and the limit is raised by their number.
+func (a *Admission) Lasting(now time.Time, n int) {
+	now = a.begin(now)
+	a.lasting = max(0, a.lasting+n)
+	a.end(now)
+}
+
+// busy is how many of those in flight the limit is for.
+func (a *Admission) busy() int { return max(0, a.inFlight-a.lasting) }
 
 // Leave tells that the client of one that waits has gone. It is not ok when the wait had
 // already been settled: if it was admitted, a slot is to be given back by Done.
@@ -377,6 +400,11 @@ func (a *Admission) begin(now time.Time) time.Time {
 		now = a.now
 	}
 	a.now = now
+	if a.busy() >= a.limiter.Limit() {
+		from := a.limiter.Limit()
+		a.limiter.Stuck(now, a.busy())
+		a.limitMoved(now, from)
+	}
 	if a.queue == nil {
 		return now
 	}
@@ -405,7 +433,7 @@ func (a *Admission) end(now time.Time) {
 	if a.queue == nil {
 		return
 	}
-	for a.inFlight < a.limiter.Limit() {
+	for a.busy() < a.limiter.Limit() {
 		w, ok := a.queue.Pop()
 		if !ok {
 			break
@@ -480,9 +508,10 @@ func (a *Admission) plan(now time.Time) {
 	a.length, a.fits = p.length, p.fits
 	a.queue.Bound(p.bound, p.fits)
 	a.queue.NewestFirst(p.newestFirst)
+	a.queue.Together(p.together)
 	a.moveCursor(now, p.cursor)
 	a.shed(now, a.length, p.fits, QueueTimeout)
-	a.shed(now, a.queue.cfg.MaxLength, levels, QueueTimeout)
+	a.shed(now, a.queue.cfg.MaxLength, levels, QueueFull)
 }
 
 func (a *Admission) moveCursor(now time.Time, to Level) {
@@ -511,7 +540,7 @@ func (a *Admission) shed(now time.Time, leave int, from Level, why Reason) {
 
 func (a *Admission) enter(now time.Time) {
 	a.inFlight++
-	a.limiter.Begin(now, a.inFlight)
+	a.limiter.Begin(now, a.busy())
 }
 
 func (a *Admission) settle(now time.Time, w Waiter, d Decision) {
@@ -528,10 +557,12 @@ func (a *Admission) event(kind EventKind, now time.Time, from, to int) {
 // expected is the wait of one that comes now: those before it, and the one whose slot it
 // is to have.
 func (a *Admission) expected(level Level) time.Duration {
-	if a.flow.capacity <= 0 {
-		return 0
+	rate := a.flow.capacity
+	if a.flow.mean > 0 {
+		// A server that had little to do can do more than it has done.
+		rate = max(rate, float64(a.limiter.Limit())/a.flow.mean*float64(time.Second))
 	}
-	return time.Duration(float64(a.queue.Ahead(level)+1) / a.flow.capacity * float64(time.Second))
+	return forRequests(float64(a.queue.Ahead(level)+1), rate)
 }
 
 func (a *Admission) refusal(why Reason) Decision {

@@ -21,6 +21,7 @@ type flow struct {
 	demand   float64         // the sum of rates
 	capacity float64         // handlers/s; 0 until it is known
 	steady   float64         // capacity, smoothed over some seconds: probes do not show
+	mean     float64         // ns; of the handlers' times, smoothed; 0 until it is known
 	spread   float64         // the square of the times' coefficient of variation
 }
 
@@ -37,7 +38,20 @@ const (
 	moreRoom   = 1.1    // capacity, when the queue stays short in spite of the margin
 	overAt     = 0.1    // the excess from which an overload is not over
 	roomy      = 0.92   // of the capacity: a demand that fits, as far as both are known
+
+	// leastCapacity is what a server that does nothing at all is taken to do, in handlers/s: it
+	// will have to be divided by.
+	leastCapacity = 0.001
+	longestWait   = time.Hour
 )
+
+// forRequests is how long n requests take at a rate per second; 0 if that is not known.
+func forRequests(n, rate float64) time.Duration {
+	if rate <= 0 {
+		return 0
+	}
+	return time.Duration(min(n/rate*float64(time.Second), float64(longestWait)))
+}
 
 func (f *flow) arrived(level Level, n int) {
 	f.come[level] += uint32(n)
@@ -84,7 +98,7 @@ func (f *flow) roll(now time.Time) {
 	case f.capacity == 0:
 		f.capacity = done
 	case done > f.capacity || 10*f.foundFree <= f.arrivals:
-		f.capacity += weight * (done - f.capacity)
+		f.capacity = max(f.capacity+weight*(done-f.capacity), leastCapacity)
 	}
 	if f.steady == 0 {
 		f.steady = f.capacity
@@ -92,6 +106,10 @@ func (f *flow) roll(now time.Time) {
 	f.steady += weight / 8 * (f.capacity - f.steady)
 	if f.timed > 0 && f.sum > 0 {
 		mean := f.sum / float64(f.timed)
+		if f.mean == 0 {
+			f.mean = mean
+		}
+		f.mean += weight * (mean - f.mean)
 		f.spread += weight * (max(0, f.sumSq/float64(f.timed)/(mean*mean)-1) - f.spread)
 	}
 	f.start = now
@@ -115,6 +133,7 @@ type plan struct {
 	length      int           // of the queue, for those below fits
 	bound       time.Duration // of their wait
 	newestFirst bool
+	together    bool
 }
 
 func (f *flow) plan(cfg QueueConfig) plan {
@@ -148,10 +167,11 @@ func (f *flow) plan(cfg QueueConfig) plan {
 	p.length = int(min(math.Round(max(f.needed(excess), least)), float64(cfg.MaxLength)))
 	waits := 1.25
 	if p.cursor == 0 {
-		waits = 2
+		waits = 1
 	}
-	p.bound = time.Duration(waits * float64(p.length) / f.capacity * float64(time.Second))
+	p.bound = max(forRequests(waits*float64(p.length), f.capacity), cfg.Target)
 	p.newestFirst = excess > margin+leastLeft
+	p.together = p.cursor == 0 && !p.newestFirst
 	return p
 }
 

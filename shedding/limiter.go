@@ -110,6 +110,9 @@ const (
 	// Ignored is one whose time says nothing about the server: the client cancelled it,
 	// or it failed at once. It gives its slot back, and that is all.
 	Ignored
+	// Untimed is one that ran to its end, but its time is the client's as much as the
+	// server's: a stream of which the client sends messages.
+	Untimed
 )
 
 // Limiter finds how many handlers a server should run at once. More than it has means to
@@ -154,8 +157,16 @@ const (
 // are alike, and after each move nothing counts until what was in flight before is out.
 //
 // While less than half of L is in flight, L stays, whatever the times: an idle server
-// does not know what it can bear. The means of such windows are base for free. L grows
-// only when the limit has been reached.
+// does not know what it can bear. The means of such windows are base for free. Otherwise L
+// goes by those during whom at least 0.9 L were in flight, if they are the fewer: at 0.9
+// of what the server can do L is reached now and then, and the mean of all says that there is
+// room. L grows only when the limit has been reached.
+//
+// A limit at which nothing ends is no limit: handlers that hang, or wait for something else,
+// would keep it as it is for ever. When it has been reached and nobody has begun or ended for
+// twice the usual time, and at least 1 s, a probe is given up, or L grows by one: what hangs is
+// then left out of what later probes lower. And where nothing ends but [Untimed], L grows by
+// a tenth a second while it is reached.
 //
 // A Limiter is made by [NewLimiter], reads no clock, and is not safe for concurrent use. It
 // does not count: whoever keeps to the limit does ([Admission]). No operation allocates.
@@ -180,15 +191,42 @@ type Limiter struct {
 	draining bool
 	opens    time.Time
 	window   window
+
+	filled  time.Time // when the limit was last reached, or nearly so
+	moved   time.Time // when somebody last began or ended
+	hanging int       // of those in flight: as many as were when a probe was given up, or fewer
 }
 
 // window is what has ended since start.
 type window struct {
-	start      time.Time
-	n, dropped int
-	sum, sumSq float64 // ns
-	peak       int     // of those in flight
+	start            time.Time
+	all, near        times // near: of those during whom the limit was reached, or nearly so
+	dropped, untimed int
+	peak             int // of those in flight
 }
+
+// times are those of handlers.
+type times struct {
+	n          int
+	sum, sumSq float64 // ns
+}
+
+func (t *times) add(d float64) {
+	t.n++
+	t.sum += d
+	t.sumSq += d * d
+}
+
+func (t *times) mean() float64 { return t.sum / float64(t.n) }
+
+// spread is the square of their coefficient of variation.
+func (t *times) spread() float64 {
+	mean := t.mean()
+	return max(0, t.sumSq/float64(t.n)/(mean*mean)-1)
+}
+
+// deviation is the standard error of their mean, as a fraction of it.
+func (t *times) deviation() float64 { return math.Sqrt(t.spread() / float64(t.n)) }
 
 const (
 	windowMin  = 100 * time.Millisecond
@@ -209,6 +247,12 @@ const (
 	dropsMany    = 0.1  // of a window's handlers: the limit is too high, whatever the times
 	dropsSome    = 0.01 // the same, for AIMD, to which drops are all there is
 	dropsFactor  = 0.7
+
+	nearly    = 0.9 // of the limit: it is as good as reached
+	untimedUp = 1.1
+	// hangsAfter is the least, and hangsLate the most, for which nothing may move at the limit.
+	hangsAfter = time.Second
+	hangsLate  = 10 * time.Second
 )
 
 // NewLimiter returns a limiter at its initial limit. All faults of cfg are reported
@@ -219,6 +263,22 @@ func NewLimiter(cfg LimiterConfig) (*Limiter, error) {
 	}
 	cfg = cfg.withDefaults()
 	return &Limiter{cfg: cfg, limit: float64(cfg.Initial), rushing: true}, nil
+}
+
+// inherit begins with so many in flight that another limiter has let in.
+func (l *Limiter) inherit(now time.Time, inFlight int) {
+	l.moved = now
+	l.draining = inFlight > l.Limit()
+	l.reopen(now, inFlight)
+}
+
+// reconfigure changes the bounds, and keeps what was found. A probe is given up: it is of
+// the old bounds.
+func (l *Limiter) reconfigure(now time.Time, cfg LimiterConfig, inFlight int) {
+	l.cfg = cfg
+	l.probe = 0
+	l.set(l.limit)
+	l.inherit(now, inFlight)
 }
 
 // Limit is how many handlers may run now.
@@ -235,10 +295,49 @@ func (l *Limiter) Base() time.Duration { return time.Duration(l.base) }
 
 // Begin tells that a handler has begun; inFlight counts it.
 func (l *Limiter) Begin(now time.Time, inFlight int) {
+	l.moved = now
 	if l.window.start.IsZero() {
 		l.window.start = now
 	}
+	if l.probe > 0 && now.Sub(l.window.start) > 2*l.patience() {
+		// There were too few calls for it. It would be the limit of whoever comes now.
+		l.giveUpProbe(now)
+	}
 	l.window.peak = max(l.window.peak, inFlight)
+	if l.full(inFlight) {
+		l.filled = now
+	}
+}
+
+// Stuck tells that the limit is reached, by inFlight handlers, and that somebody would like
+// to begin. Call it then at any time, and look at the limit again.
+func (l *Limiter) Stuck(now time.Time, inFlight int) {
+	switch {
+	case l.cfg.Algorithm == Static || l.moved.IsZero() || now.Sub(l.moved) < l.patience():
+		return
+	case l.probe > 0:
+		l.hanging = inFlight
+		l.giveUpProbe(now)
+	default:
+		l.set(l.limit + 1)
+	}
+	l.moved = now
+	l.draining, l.opens = false, now
+	l.reopen(now, inFlight)
+}
+
+// patience is for how long nothing moves before it is odd.
+func (l *Limiter) patience() time.Duration {
+	return min(max(time.Duration(2*max(l.base, l.short)), hangsAfter), hangsLate)
+}
+
+// giveUpProbe ends a probe that nothing can be learnt from.
+func (l *Limiter) giveUpProbe(now time.Time) {
+	if l.base == 0 {
+		l.base, l.baseError = l.short, l.deviation // better than a probe after every window
+	}
+	l.probe = 0
+	l.probeAt = now.Add(probeEvery)
 }
 
 // End tells that a handler has ended that ran for the given time; inFlight does not count
@@ -247,32 +346,47 @@ func (l *Limiter) End(now time.Time, inFlight int, ran time.Duration, r Result) 
 	if l.cfg.Algorithm == Static {
 		return
 	}
+	l.moved = now
+	l.hanging = min(l.hanging, inFlight)
 	w := &l.window
 	if l.draining {
 		if inFlight > l.Limit() {
 			return
 		}
 		l.draining = false
-		l.opens = now.Add(time.Duration(2 * l.short))
+		l.opens = now.Add(l.settling())
 	}
 	if now.Before(l.opens) {
 		l.reopen(l.opens, inFlight)
 		return
 	}
-	if r == Ignored {
+	switch r {
+	case Ignored:
 		return
-	}
-	t := max(float64(ran), 1) // a clock that stands still must not divide by 0
-	w.n++
-	w.sum += t
-	w.sumSq += t * t
-	if r == Dropped {
+	case Untimed:
+		w.untimed++
+		if w.all.n < windowLeast && w.untimed >= windowLeast && now.Sub(w.start) >= windowMax {
+			if l.probe == 0 && w.peak >= int(l.limit) {
+				l.set(l.limit * untimedUp)
+			}
+			l.reopen(now, inFlight)
+		}
+		return
+	case Dropped:
 		w.dropped++
 	}
-	if took := now.Sub(w.start); w.n < windowLeast || took < windowMin || w.n < l.enough() && took < windowMax {
+	t := max(float64(ran), 1) // a clock that stands still must not divide by 0
+	w.all.add(t)
+	if l.full(inFlight + 1) {
+		l.filled = now
+	}
+	if l.filled.Add(ran).After(now) {
+		w.near.add(t)
+	}
+	if took := now.Sub(w.start); w.all.n < windowLeast || took < windowMin || w.all.n < l.enough() && took < windowMax {
 		return
 	}
-	l.spread += spreadWeight * (w.spread() - l.spread)
+	l.spread += spreadWeight * (w.all.spread() - l.spread)
 	before := l.Limit()
 	if l.probe > 0 {
 		l.endProbe(now)
@@ -281,23 +395,23 @@ func (l *Limiter) End(now time.Time, inFlight int, ran time.Duration, r Result) 
 	}
 	if after := l.Limit(); after != before {
 		l.draining = inFlight > after
-		l.opens = now.Add(time.Duration(2 * l.short))
+		l.opens = now.Add(l.settling())
 	}
 	l.reopen(now, inFlight)
+}
+
+// full tells whether the limit is as good as reached.
+func (l *Limiter) full(inFlight int) bool { return float64(inFlight) >= nearly*float64(l.Limit()) }
+
+// settling is how long it takes until what ends has seen no other limit than this one. The
+// times of a server that has hung for a while say nothing of that.
+func (l *Limiter) settling() time.Duration {
+	return min(time.Duration(2*l.short), time.Duration(2*l.base)+hangsAfter)
 }
 
 func (l *Limiter) reopen(now time.Time, inFlight int) {
 	l.window = window{start: now, peak: inFlight}
 }
-
-// spread is the square of the coefficient of variation of the window's times.
-func (w *window) spread() float64 {
-	mean := w.sum / float64(w.n)
-	return max(0, w.sumSq/float64(w.n)/(mean*mean)-1)
-}
-
-// deviation is the standard error of the window's mean, as a fraction of it.
-func (w *window) deviation() float64 { return math.Sqrt(w.spread() / float64(w.n)) }
 
 // enough is how many samples a window needs. A window that ended as soon as its own
 // samples are alike would end when they are all short by chance, so those before count as
@@ -307,14 +421,14 @@ func (l *Limiter) enough() int {
 	if l.probe > 0 {
 		share = 200 // base serves for many windows
 	}
-	return int(min(max(windowFew, share*l.window.spread(), share*l.spread), windowMany))
+	return int(min(max(windowFew, share*l.window.all.spread(), share*l.spread), windowMany))
 }
 
 // move ends a window at the limit.
 func (l *Limiter) move(now time.Time) {
 	w := &l.window
-	l.short, l.deviation = w.sum/float64(w.n), w.deviation()
-	drops := float64(w.dropped) / float64(w.n)
+	l.short, l.deviation = w.all.mean(), w.all.deviation()
+	drops := float64(w.dropped) / float64(w.all.n)
 	switch floor := math.Floor(l.limit); {
 	case l.cfg.Algorithm == AIMD:
 		if drops > dropsSome {
@@ -325,7 +439,7 @@ func (l *Limiter) move(now time.Time) {
 		return
 	case 2*w.peak < int(floor):
 		if drops <= dropsMany {
-			l.learn(l.short, w.deviation())
+			l.learn(l.short, l.deviation)
 			l.probedAt = l.limit
 			l.probeAt = now.Add(probeEvery)
 		}
@@ -338,25 +452,36 @@ func (l *Limiter) move(now time.Time) {
 		l.beginProbe()
 		return
 	default:
-		l.steer(floor, w.peak >= int(floor), w.deviation())
+		l.steer(floor)
 	}
 	if !l.probeAt.After(now) || l.limit < 0.7*l.probedAt {
 		l.beginProbe()
 	}
 }
 
-// steer moves the limit by the times of a window whose mean is known to the given
-// fraction. A limit that has not been reached does not grow.
-func (l *Limiter) steer(floor float64, reached bool, deviation float64) {
+// steer moves the limit by the times of the window. A limit that has not been reached does
+// not grow.
+func (l *Limiter) steer(floor float64) {
+	w := &l.window
+	reached := w.peak >= int(floor)
 	// All was faster than it ever is without waiting: it is another server now.
-	if l.short < l.base*(0.9-3*deviation) {
-		l.base, l.baseError = l.short, deviation
+	if l.short < l.base*(0.9-3*l.deviation) {
+		l.base, l.baseError = l.short, l.deviation
 	}
-	deviation = math.Hypot(deviation, l.baseError)
-	g := (tolerance + sure*deviation) * l.base / l.short
+	seen, chance := &w.all, float64(likely)
+	if 2*w.near.n < w.all.n {
+		// Most have seen a server with room. Of the few who have not, a growth by chance would
+		// not be taken back soon.
+		if seen, chance = &w.near, 0; seen.n < windowLeast {
+			return
+		}
+	}
+	short := seen.mean()
+	deviation := math.Hypot(seen.deviation(), l.baseError)
+	g := (tolerance + sure*deviation) * l.base / short
 	if g < 1 {
 		l.rushing = false
-	} else if (tolerance+likely*deviation)*l.base < l.short {
+	} else if (tolerance+chance*deviation)*l.base < short {
 		return // it may be chance
 	}
 	switch {
@@ -370,7 +495,7 @@ func (l *Limiter) steer(floor float64, reached bool, deviation float64) {
 		l.set(l.limit * min(g, 1.1))
 	default:
 		step := max(1, math.Log10(floor))
-		waiting := floor * (1 - l.base*(1+sure*deviation)/l.short)
+		waiting := floor * (1 - l.base*(1+sure*deviation)/short)
 		if waiting > 3*step {
 			l.set(floor - step)
 		} else if waiting < step && reached {
@@ -393,16 +518,19 @@ func (l *Limiter) beginProbe() {
 	} else if l.probedAt > 0 && l.limit < 1.2*l.probedAt {
 		share = 0.55
 	}
-	l.probe = max(int(l.limit*share), l.cfg.Min)
+	// What hangs cannot be told to go: it is no part of what is lowered.
+	hanging := min(float64(l.hanging), l.limit)
+	l.probe = max(int(hanging+(l.limit-hanging)*share), min(l.hanging+1, int(l.limit)), l.cfg.Min)
 }
 
 // endProbe ends a window at the lower limit.
 func (l *Limiter) endProbe(now time.Time) {
-	if float64(l.window.dropped) > dropsMany*float64(l.window.n) {
+	w := &l.window
+	if float64(w.dropped) > dropsMany*float64(w.all.n) {
 		l.probe, l.settled, l.probeAt = 0, false, now // times that were cut off are no base
 		return
 	}
-	mean, deviation := l.window.sum/float64(l.window.n), l.window.deviation()
+	mean, deviation := w.all.mean(), w.all.deviation()
 	// By Little's law, throughput is what is in flight over the time that it takes.
 	share := float64(l.probe) / math.Floor(l.limit)
 	throughput := share * l.short / mean

@@ -75,7 +75,8 @@ type Waiter struct {
 
 // Queue is where requests wait for a slot: the highest class first, and in a class the
 // oldest first, or the newest first while [Queue.NewestFirst] says so. The first attempts
-// of a class and its extra ones are two lanes: who has to go goes from the lowest lane.
+// of a class and its extra ones are two lanes: who has to go goes from the lowest lane. The
+// sheddable classes may be served [Queue.Together].
 // The queue is bounded in length, and each waits until a time of its own, and no longer
 // than MaxWait.
 //
@@ -88,6 +89,7 @@ type Waiter struct {
 type Queue struct {
 	cfg         QueueConfig
 	newestFirst bool
+	together    bool
 	// bound is how long those in lanes below boundBelow wait, however long they might
 	// have when they came.
 	bound      time.Duration
@@ -132,6 +134,10 @@ func (q *Queue) Len() int { return len(q.byEnd) }
 
 // NewestFirst says in which order a class is served from now on.
 func (q *Queue) NewestFirst(on bool) { q.newestFirst = on }
+
+// Together says whether from now on the two sheddable classes are served as one, in the order
+// of arrival. Who has to go is of the lower one as before.
+func (q *Queue) Together(on bool) { q.together = on }
 
 // Bound says how long those in lanes below that of the given level wait from now on,
 // whoever waits already too.
@@ -184,22 +190,29 @@ func (q *Queue) Push(now time.Time, level Level, until time.Time, owner any) (Ti
 // Pop takes out the one whose turn it is.
 func (q *Queue) Pop() (Waiter, bool) {
 	for lane := lanes - 1; lane > 0; lane -= 2 {
-		first, extra := q.next(lane), q.next(lane-1)
-		switch {
-		case first == 0 && extra == 0:
-			continue
-		case first == 0:
-			return q.take(extra), true
-		case extra == 0:
-			return q.take(first), true
+		next := q.earlier(q.next(lane), q.next(lane-1))
+		if q.together && lane == 2*SheddablePlus.rank()+1 {
+			next = q.earlier(next, q.earlier(q.next(lane-2), q.next(lane-3)))
 		}
-		f, e := q.places[first].Arrived, q.places[extra].Arrived
-		if q.newestFirst && e.After(f) || !q.newestFirst && e.Before(f) {
-			return q.take(extra), true
+		if next != 0 {
+			return q.take(next), true
 		}
-		return q.take(first), true
 	}
 	return Waiter{}, false
+}
+
+// earlier is which of two is served before the other; 0 is nobody.
+func (q *Queue) earlier(a, b uint32) uint32 {
+	switch {
+	case a == 0:
+		return b
+	case b == 0:
+		return a
+	}
+	if first, second := q.places[a].Arrived, q.places[b].Arrived; q.newestFirst && second.After(first) || !q.newestFirst && second.Before(first) {
+		return b
+	}
+	return a
 }
 
 // next is who is next in a lane, or 0.
@@ -295,13 +308,21 @@ func (q *Queue) Wait(now time.Time) time.Duration {
 // Ahead is how many will be served before one of the given level that comes now, if
 // nobody comes after it.
 func (q *Queue) Ahead(level Level) int {
-	n, class := 0, level.lane()/2
-	for lane := 2 * class; lane < lanes; lane++ {
-		if lane/2 > class || !q.newestFirst {
-			n += q.lanes[lane].n
+	n, class := 0, q.servedAs(level.lane())
+	for lane, l := range q.lanes {
+		if c := q.servedAs(lane); c > class || c == class && !q.newestFirst {
+			n += l.n
 		}
 	}
 	return n
+}
+
+// servedAs is the class as which those of a lane are served.
+func (q *Queue) servedAs(lane int) int {
+	if class := lane / 2; !q.together || class != SheddablePlus.rank() {
+		return class
+	}
+	return Sheddable.rank()
 }
 
 // lane is the lane that the level is of; that of [levels], which is above all, is above

@@ -70,6 +70,47 @@ func TestQueueOrder(t *testing.T) {
 			t.Errorf("newest first %v: %v, want %v", c.newestFirst, got, c.want)
 		}
 	}
+	// The sheddable classes may be served as one, and the others never are.
+	for _, c := range []struct {
+		newestFirst bool
+		want        []string
+	}{
+		{false, []string{"plus", "critical", "low", "less low", "low extra", "less low extra"}},
+		{true, []string{"plus", "critical", "less low extra", "low extra", "less low", "low"}},
+	} {
+		q := newQueue(t, QueueConfig{})
+		q.Push(at(0), level(Sheddable, false), time.Time{}, "low")
+		q.Push(at(1), level(SheddablePlus, false), time.Time{}, "less low")
+		q.Push(at(2), level(Sheddable, true), time.Time{}, "low extra")
+		q.Push(at(3), level(SheddablePlus, true), time.Time{}, "less low extra")
+		q.Push(at(4), level(Critical, false), time.Time{}, "critical")
+		q.Push(at(5), level(CriticalPlus, false), time.Time{}, "plus")
+		if n := q.Ahead(level(SheddablePlus, false)); n != 4 {
+			t.Errorf("%d are ahead of one that is sheddable_plus, want the 4 of its class and above", n)
+		}
+		q.Together(true)
+		q.NewestFirst(c.newestFirst)
+		ahead := map[Criticality]int{Sheddable: 6, SheddablePlus: 6, Critical: 2, CriticalPlus: 1}
+		if c.newestFirst {
+			ahead = map[Criticality]int{Sheddable: 2, SheddablePlus: 2, Critical: 1, CriticalPlus: 0}
+		}
+		for class, want := range ahead {
+			if n := q.Ahead(level(class, false)); n != want {
+				t.Errorf("newest first %v: %d are ahead of one that is %v, want %d", c.newestFirst, n, class, want)
+			}
+		}
+		if w, _ := q.Shed(levels); w.Owner != "low extra" {
+			t.Errorf("%v has to go first, want an extra attempt of the lowest class", w.Owner)
+		}
+		q.Push(at(2), level(Sheddable, true), time.Time{}, "low extra")
+		var got []string
+		for w, ok := q.Pop(); ok; w, ok = q.Pop() {
+			got = append(got, w.Owner.(string))
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("together, newest first %v: %v, want %v", c.newestFirst, got, c.want)
+		}
+	}
 	// Of the same moment, a first attempt goes before an extra one.
 	q := newQueue(t, QueueConfig{})
 	q.Push(at(0), level(Critical, true), time.Time{}, "extra")
