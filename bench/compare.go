@@ -26,6 +26,7 @@ type settings struct {
 	seed     uint64
 	output   string
 	children int
+	observation
 }
 
 func newCompare() *cobra.Command {
@@ -54,6 +55,7 @@ func newCompare() *cobra.Command {
 	f.StringVarP(&s.output, "output", "o", "table", "`table` or json; -O is the same")
 	f.StringVarP(&s.output, "output-format", "O", "table", "as --output")
 	f.Lookup("output-format").Hidden = true
+	s.observation.flags(cmd)
 	f.IntVar(&s.children, "processes", 1, "how many processes share the backends")
 	f.Lookup("processes").Hidden = true
 	return cmd
@@ -91,6 +93,9 @@ func (s *settings) check(cmd *cobra.Command) (*scenario.Scenario, error) {
 		return nil, usagef("--processes %d, want 1 to 1000", s.children)
 	}
 
+	if err := s.observation.check(set); err != nil {
+		return nil, err
+	}
 	sc, err := findScenario(s.scenario)
 	if err != nil {
 		return nil, usagef("--scenario %s: %w", s.scenario, err)

@@ -108,6 +108,11 @@ and what share of requests succeeded; how long after the last fault it took unti
 Requests and their attempts count where the request was meant to start. The
 scenario's time begins after the warm-up.
 
+With --otlp a part of the requests is traced, the same ones under each policy, and
+below the table stand the trace ids of the slowest. --prometheus has the metrics
+scraped. Neither changes what is printed above; what they cost is part of what is
+measured: see docs/benchmarks.md.
+
 Exit codes: 0 done, 1 failed, 2 wrong usage, 98 saturated, 130 interrupted (what
 there is by then is printed). "go run" shows them and itself exits with 1.`
 

@@ -5,9 +5,11 @@ import (
 	"bytes"
 	"encoding/json"
 	"math"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -69,10 +71,15 @@ type document struct {
 
 func decode(t *testing.T, text string) (d document) {
 	t.Helper()
-	if err := json.Unmarshal([]byte(text), &d); err != nil {
+	unmarshal(t, text, &d)
+	return d
+}
+
+func unmarshal(t *testing.T, text string, to any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), to); err != nil {
 		t.Fatalf("%v, of %q", err, text)
 	}
-	return d
 }
 
 // The whole program on real servers, briefly.
@@ -218,6 +225,11 @@ func TestUsage(t *testing.T) {
 		"workers":1,"faults":[{"kind":"stall"},{"kind":"error","from":"10s","for":"5s","every":"14s"}]}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
 	for _, c := range []struct {
 		args string
 		want []string
@@ -247,6 +259,16 @@ func TestUsage(t *testing.T) {
 		{"nonesuch", []string{"nonesuch"}},
 		{"compare nonesuch", []string{"nonesuch"}},
 		{"--policies none,shed", []string{"--policies: none and shed differ in their server policy", "sideBySide"}},
+		{"--otlp nowhere", []string{`--otlp "nowhere"`, "want host:port, http://host:port or https://host:port"}},
+		{"--otlp localhost:0", []string{`--otlp "localhost:0": port "0", want 1 to 65535`}},
+		{"--otlp=", []string{`--otlp ""`, "want host:port"}},
+		{"--otlp localhost:4317 --otlp-ratio 1.5", []string{"--otlp-ratio 1.5, want more than 0, at most 1"}},
+		{"--otlp localhost:4317 --otlp-ratio NaN", []string{"--otlp-ratio NaN"}},
+		{"--otlp-ratio 0.5", []string{"--otlp-ratio 0.5, want --otlp too"}},
+		{"--prometheus=", []string{`--prometheus "", want host:port`}},
+		{"--prometheus 9464", []string{`--prometheus "9464"`, "missing port"}},
+		{"--prometheus " + taken.Addr().String(), []string{"--prometheus " + strconv.Quote(taken.Addr().String()), "in use"}},
+		{"sweep --otlp localhost:4317", []string{"--otlp"}},
 		{"sweep nonesuch", []string{"nonesuch"}},
 		{"sweep --loads 0", []string{"--loads 0, want 0.01 to 100"}},
 		{"sweep --loads 1,lots", []string{"--loads lots, want 0.01 to 100"}},

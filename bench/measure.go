@@ -18,6 +18,13 @@ import (
 // measure starts the backends, runs the experiment and ends them again.
 func (s *settings) measure(cmd *cobra.Command, sc *scenario.Scenario, policies []policy) (*report.Report, error) {
 	fleet.RelaxGC()
+	bar := newProgress(cmd.ErrOrStderr(), sc.Name)
+	defer bar.close()
+	watching, err := s.observe(policies, bar)
+	if err != nil {
+		return nil, err
+	}
+	defer watching.close()
 	fleets, closeFleets, err := s.fleets(cmd.Context(), sc, policies)
 	defer closeFleets()
 	if err != nil {
@@ -33,7 +40,11 @@ func (s *settings) measure(cmd *cobra.Command, sc *scenario.Scenario, policies [
 		Scenario: sc, Seed: s.seed, Block: s.block, Warmup: s.warmup, Duration: s.duration, Sleep: clk.Sleep,
 	}
 	for i, p := range policies {
-		conn, err := fleets[i%len(fleets)].Dial(append(p.opts, load.CountAttempts())...)
+		opts, err := watching.options(i, p)
+		if err != nil {
+			return nil, fmt.Errorf("policy %s: %w", p.name, err)
+		}
+		conn, err := fleets[i%len(fleets)].Dial(append(opts, load.CountAttempts())...)
 		if err != nil {
 			return nil, fmt.Errorf("policy %s: %w", p.name, err)
 		}
@@ -41,8 +52,7 @@ func (s *settings) measure(cmd *cobra.Command, sc *scenario.Scenario, policies [
 		c.Arms = append(c.Arms, experiment.Arm{Name: p.name, Conn: conn})
 	}
 
-	bar := newProgress(cmd.ErrOrStderr(), sc.Name)
-	defer bar.close()
+	c.Begin = watching.begin()
 	c.Progress = bar.update
 
 	ctx, cancel := context.WithCancelCause(cmd.Context())
@@ -63,6 +73,7 @@ func (s *settings) measure(cmd *cobra.Command, sc *scenario.Scenario, policies [
 	if cmd.Context().Err() == nil && ctx.Err() != nil {
 		return nil, context.Cause(ctx) // a backend died: its figures mean nothing
 	}
+	watching.finish(r)
 	return r, nil
 }
 

@@ -24,10 +24,11 @@ type policy struct {
 	name   string
 	opts   []grpc.DialOption
 	server fleet.Server // what its servers must have
+	remake options      // opts anew, of a client of bobtail's that has more options
 }
 
-// options makes a policy's dial options.
-type options func() ([]grpc.DialOption, error)
+// options makes a policy's dial options. What is given is for bobtail's client, if it has one.
+type options func(...bobtail.Option) ([]grpc.DialOption, error)
 
 type builtinPolicy struct {
 	name, shows string
@@ -56,7 +57,9 @@ var builtin = []builtinPolicy{
 	{"tied", "hedging with tied requests: a copy that still waits is cancelled when the other begins", embedded("tied")},
 }
 
-func full() ([]grpc.DialOption, error) { return install(bobtail.DefaultPolicy()) }
+func full(opts ...bobtail.Option) ([]grpc.DialOption, error) {
+	return install(bobtail.DefaultPolicy(), opts)
+}
 
 // servers lists what can stand after the "+" of a policy, beside server policy documents.
 var servers = []struct{ name, shows string }{
@@ -206,35 +209,37 @@ func newPolicy(name string, o options) (policy, error) {
 	if err != nil {
 		return policy{}, fmt.Errorf("policy %s: %w", name, err)
 	}
-	return policy{name: name, opts: opts}, nil
+	return policy{name: name, opts: opts, remake: o}, nil
 }
 
 // serviceConfig is grpc alone.
 func serviceConfig(config string) options {
-	return func() ([]grpc.DialOption, error) {
+	return func(...bobtail.Option) ([]grpc.DialOption, error) {
 		return []grpc.DialOption{grpc.WithDefaultServiceConfig(config)}, nil
 	}
 }
 
 // embedded is the document policies/<name>.json.
 func embedded(name string) options {
-	return func() ([]grpc.DialOption, error) { return parsed([]byte(policyText(name)))() }
+	return func(opts ...bobtail.Option) ([]grpc.DialOption, error) {
+		return parsed([]byte(policyText(name)))(opts...)
+	}
 }
 
 // parsed is a policy document.
 func parsed(doc []byte) options {
-	return func() ([]grpc.DialOption, error) {
+	return func(opts ...bobtail.Option) ([]grpc.DialOption, error) {
 		p, err := bobtail.ParsePolicy(doc)
 		if err != nil {
 			return nil, err
 		}
-		return install(p)
+		return install(p, opts)
 	}
 }
 
 // install installs a policy as any user of the library would.
-func install(p bobtail.Policy) ([]grpc.DialOption, error) {
-	c, err := bobtail.NewClient(p, bobtail.WithLogger(nil))
+func install(p bobtail.Policy, opts []bobtail.Option) ([]grpc.DialOption, error) {
+	c, err := bobtail.NewClient(p, append(slices.Clone(opts), bobtail.WithLogger(nil))...)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -26,6 +27,8 @@ type progress struct {
 
 	every       time.Duration // between two lines
 	began, last time.Time
+
+	mu sync.Mutex // guards w where there is no bar: others tell something too
 }
 
 // lineEvery is how often a line is written where there is no terminal: seldom
@@ -70,8 +73,21 @@ func (p *progress) update(at experiment.Progress) {
 	}
 	if now := time.Now(); now.Sub(p.last) >= p.every {
 		p.last = now
-		fmt.Fprintf(p.w, "bench: %s: %d of about %d requests, %v\n", p.title(), at.Sent, at.Total, now.Sub(p.began).Round(time.Second))
+		p.tell(fmt.Sprintf("%s: %d of about %d requests, %v", p.title(), at.Sent, at.Total, now.Sub(p.began).Round(time.Second)))
 	}
+}
+
+// tell writes a line, above the bar if there is one. It may be called from any goroutine.
+func (p *progress) tell(what string) {
+	line := []byte("bench: " + what + "\n")
+	if p.bars != nil {
+		if _, err := p.bars.Write(line); err == nil {
+			return
+		} // else the bar is gone
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, _ = p.w.Write(line) // of no use where nobody can read it
 }
 
 // close takes the bar away.

@@ -11,6 +11,7 @@ package experiment
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"time"
@@ -41,7 +42,25 @@ type Config struct {
 	Sleep load.Sleep
 	// Progress is told what has been sent, once per block. It may be nil.
 	Progress func(Progress)
+	// Begin, if it is not nil, is told of each request of Arms[arm] as it is sent. The
+	// request is made under the context that it returns; end is told of its end. Both are
+	// part of the request's latency, and are called from many goroutines at once.
+	Begin func(ctx context.Context, arm int, r Request) (_ context.Context, end func(error))
 }
+
+// Request is one request, all its leaf calls together.
+type Request struct {
+	ID uint64
+	// Intended is when it was meant to start, At where that is on the scenario's timeline.
+	Intended time.Time
+	At       time.Duration
+	// Warmup says that the report does not have it.
+	Warmup bool
+}
+
+// ErrAbandoned wraps the error of a request that an interrupt has cut off: the report does
+// not have it.
+var ErrAbandoned = errors.New("experiment: cut off by an interrupt")
 
 // Arm is a policy and the one connection that it keeps over the whole run. The
 // connection was dialled with [load.CountAttempts].

@@ -2,6 +2,7 @@ package experiment
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -123,6 +124,9 @@ func (r *runner) send(arm int, b block, start time.Time, phase time.Duration) in
 	if r.Scenario.Keys != nil {
 		caller.Key = func(id uint64) string { return r.Scenario.Key(r.Seed, id) }
 	}
+	if r.Begin != nil {
+		send = r.begun(arm, b, start.Add(phase), send)
+	}
 	sent := r.generator.Run(r.ctx, r.base, load.Block{Start: start.Add(phase), At: b.at, FirstID: b.firstID, Send: send, Record: t.record})
 	if r.ctx.Err() != nil {
 		t.length = min(t.length, max(time.Since(start), 0))
@@ -131,6 +135,21 @@ func (r *runner) send(arm int, b block, start time.Time, phase time.Duration) in
 		r.tallies[arm] = append(r.tallies[arm], t)
 	}
 	return sent
+}
+
+// begun is send, told to Begin.
+func (r *runner) begun(arm int, b block, start time.Time, send func(context.Context, uint64) error) func(context.Context, uint64) error {
+	return func(ctx context.Context, id uint64) error {
+		at := b.at[id-b.firstID]
+		ctx, end := r.Begin(ctx, arm, Request{ID: id, Intended: start.Add(at), At: b.offset + at, Warmup: b.warmup})
+		err := send(ctx, id)
+		if err != nil && r.base.Err() != nil {
+			end(fmt.Errorf("%w: %w", ErrAbandoned, err))
+		} else {
+			end(err)
+		}
+		return err
+	}
 }
 
 func (r *runner) tell(p Progress) {

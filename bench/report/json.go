@@ -19,6 +19,7 @@ type document struct {
 	Interrupted bool               `json:"interrupted"`
 	Runs        []Run              `json:"runs"`
 	Generator   generator          `json:"generator"`
+	TraceRatio  float64            `json:"trace_ratio,omitempty"`
 }
 
 type generator struct {
@@ -46,6 +47,7 @@ func (r *Report) JSON(w io.Writer) error {
 		BlockMs:     ms(r.Block),
 		Interrupted: r.Interrupted,
 		Runs:        runs,
+		TraceRatio:  r.TraceRatio,
 		Generator: generator{
 			LagP99Ms: ms(g.LagP99), CPU: g.CPU, Overflow: g.Overflow, Abandoned: g.Abandoned,
 			Saturated: len(why) > 0, Why: why,

@@ -24,6 +24,8 @@ type Report struct {
 	// others are compared with.
 	Policies  []Policy
 	Generator Generator
+	// TraceRatio is the share of the requests that were traced; 0: none.
+	TraceRatio float64
 	// Interrupted says that the comparison did not end by itself.
 	Interrupted bool
 
@@ -34,6 +36,8 @@ type Report struct {
 type Policy struct {
 	Name   string
 	Blocks []Block
+	// Slowest are the slowest requests that were traced, at most [MaxSlowest].
+	Slowest []Traced
 }
 
 // Block is one stretch of the schedule under one policy.
@@ -86,6 +90,8 @@ type Run struct {
 	GoodputPerS *float64 `json:"goodput_per_s"`
 	// Faults is how it came through faults that begin or end; nil if there are none.
 	Faults *Recovery `json:"faults,omitempty"`
+	// Slowest are the slowest requests that were traced, from the slowest on; absent if none was.
+	Slowest []Traced `json:"slowest,omitempty"`
 	// Timeline has a bin per block.
 	Timeline []Bin `json:"timeline"`
 }
@@ -102,7 +108,7 @@ func (r *Report) Runs() []Run {
 	r.runs = nil
 	for _, p := range r.Policies {
 		run := p.run(r.Seed)
-		run.Timeline, run.Faults = p.timeline(), p.recovery(r.Scenario)
+		run.Timeline, run.Faults, run.Slowest = p.timeline(), p.recovery(r.Scenario), p.Slowest
 		r.runs = append(r.runs, run)
 	}
 	for i := range r.runs {

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -56,6 +57,11 @@ func out(p Policy, until int, attempts float64) Policy {
 	return p
 }
 
+func traced(p Policy, slowest ...Traced) Policy {
+	p.Slowest = slowest
+	return p
+}
+
 func named(t *testing.T, name string) *scenario.Scenario {
 	t.Helper()
 	s, err := scenario.Named(name)
@@ -81,6 +87,12 @@ func TestGolden(t *testing.T) {
 		// late, one never.
 		"faults": {Scenario: named(t, "outage"), Seed: 7, Block: time.Second, Warmup: time.Second, Generator: good,
 			Policies: []Policy{out(drawn("none", 25, 100, 2*time.Millisecond, 0), 15, 1), out(drawn("retry", 25, 100, 2*time.Millisecond, 0), 18, 1.05), out(drawn("retry-naive", 25, 100, 2*time.Millisecond, 0), 25, 4)}},
+		// One request in four was traced; none of those of p2c has reached the receiver.
+		"traced": {Scenario: named(t, "stragglers"), Seed: 7, Block: time.Second, Generator: good, TraceRatio: 0.25,
+			Policies: []Policy{
+				traced(drawn("none", 10, 1000, 20*time.Millisecond, 0), Traced{1000, strings.Repeat("2", 32), 17, 0.25, "DEADLINE_EXCEEDED"}, Traced{61.5, strings.Repeat("1", 32), 4711, 4.7, ""}),
+				traced(drawn("hedge", 10, 1000, 2*time.Millisecond, 0.05), Traced{8.125, strings.Repeat("3", 32), 12, 0.125, ""}),
+				drawn("p2c", 10, 1000, 2*time.Millisecond, 0)}},
 		// A fault without end has no before and after; rows stand for 10 s.
 		"hole": {Scenario: named(t, "blackhole"), Seed: 7, Block: 500 * time.Millisecond, Generator: good,
 			Policies: []Policy{fail(drawn("none", 200, 10, 2*time.Millisecond, 0), 2)}},

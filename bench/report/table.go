@@ -40,6 +40,9 @@ func (r *Report) Table(w io.Writer) error {
 	if len(runs) > 0 && (s.SideBySide || len(s.Faults) > 0) {
 		r.chart(&out)
 	}
+	if r.TraceRatio > 0 {
+		r.traces(&out, runs)
+	}
 
 	fmt.Fprintf(&out, "\nmilliseconds from a request's intended start; below each percentile its 95%% interval")
 	if n := r.blocks(); n < minBlocks {
