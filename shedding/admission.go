@@ -146,12 +146,12 @@ type Stats struct {
 // that drift and variance, reflected at 0 and n, loses 1% of its steps at 0 (Harrison,
 // Brownian Motion and Stochastic Flow Systems, 1985): with a shorter one slots are idle, with
 // a longer one all only wait. A load that just fits has n = s/(2 x 0.0225), which refuses
-// 2.25% of it by chance. Nobody waits longer than 1.25 times what that length takes, once
-// if the cursor is at the bottom. All this is for the lanes that do not fit: those of which
+// 2.25% of it by chance. Nobody waits longer than 1.25 times what that length takes, 0.95
+// times if the cursor is at the bottom. All this is for the lanes that do not fit: those of which
 // the demand, with all above them, is less than 0.92 of the capacity may fill the queue and
 // wait as long as they can.
 //
-// While the cursor is at the bottom, which is while the load about fits, the two sheddable
+// While the cursor is at the bottom, which is while the load fits or about fits, the two sheddable
 // classes are served as one: all waiting falls on what is served last, and would be twice as long if
 // that were half of the load.
 //
@@ -195,7 +195,7 @@ func NewAdmission(cfg AdmissionConfig) (*Admission, error) {
 	a.limiter, _ = NewLimiter(cfg.Limiter)
 	if cfg.Queue != nil {
 		a.queue, _ = NewQueue(*cfg.Queue)
-		a.length, a.fits = a.queue.cfg.MaxLength, levels
+		a.plan(time.Time{})
 	}
 	return a, nil
 }
@@ -501,7 +501,7 @@ func (a *Admission) plan(now time.Time) {
 		a.moveCursor(now, 0)
 		return
 	}
-	p := plan{length: a.queue.cfg.MaxLength, bound: a.queue.cfg.MaxWait, fits: levels}
+	p := plan{length: a.queue.cfg.MaxLength, bound: a.queue.cfg.MaxWait, fits: levels, together: true}
 	if a.overloaded {
 		p = a.flow.plan(a.queue.cfg)
 	}

@@ -138,7 +138,7 @@ type plan struct {
 
 func (f *flow) plan(cfg QueueConfig) plan {
 	if f.capacity <= 0 {
-		return plan{length: cfg.MaxLength, bound: cfg.MaxWait, fits: levels}
+		return plan{length: cfg.MaxLength, bound: cfg.MaxWait, fits: levels, together: true}
 	}
 	// A queue as short as Target would be no overload any more.
 	least := max(1, 1.6*cfg.Target.Seconds()*f.capacity)
@@ -167,7 +167,7 @@ func (f *flow) plan(cfg QueueConfig) plan {
 	p.length = int(min(math.Round(max(f.needed(excess), least)), float64(cfg.MaxLength)))
 	waits := 1.25
 	if p.cursor == 0 {
-		waits = 1
+		waits = 0.95
 	}
 	p.bound = max(forRequests(waits*float64(p.length), f.capacity), cfg.Target)
 	p.newestFirst = excess > margin+leastLeft

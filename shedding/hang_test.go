@@ -340,3 +340,19 @@ func TestProbeOfAnIdleServer(t *testing.T) {
 		t.Errorf("a limit of %d for whoever comes after an hour", l.Limit())
 	}
 }
+
+// Handlers that had little time left when they came out of the queue, and so run out of it,
+// do not lower the limit: they have waited because it is too low.
+func TestLateCallsDoNotLowerTheLimit(t *testing.T) {
+	l := newLimiter(t, LimiterConfig{})
+	now := load(l, simEpoch, 10*time.Second, 20, 10*ms)
+	before := l.Limit()
+	now = serve(l, now, 2*time.Second, l.Limit(), 9*ms, Dropped)
+	if l.Limit() < before {
+		t.Errorf("limit %d, was %d, for handlers that were cut off after 9 of their 10 ms", l.Limit(), before)
+	}
+	serve(l, now, 2*time.Second, l.Limit(), 90*ms, Dropped)
+	if l.Limit() > before/2 {
+		t.Errorf("limit %d, was %d, for handlers that were cut off after 90 ms", l.Limit(), before)
+	}
+}

@@ -247,6 +247,7 @@ const (
 	dropsMany    = 0.1  // of a window's handlers: the limit is too high, whatever the times
 	dropsSome    = 0.01 // the same, for AIMD, to which drops are all there is
 	dropsFactor  = 0.7
+	dropsLate    = 2 // times base: the handler itself was slow
 
 	nearly    = 0.9 // of the limit: it is as good as reached
 	untimedUp = 1.1
@@ -372,10 +373,13 @@ func (l *Limiter) End(now time.Time, inFlight int, ran time.Duration, r Result) 
 			l.reopen(now, inFlight)
 		}
 		return
-	case Dropped:
-		w.dropped++
 	}
 	t := max(float64(ran), 1) // a clock that stands still must not divide by 0
+	if r == Dropped && t > dropsLate*l.base {
+		// One that had little time left when it came out of the queue says nothing of the limit:
+		// at a limit that is too low they are many, and would lower it further.
+		w.dropped++
+	}
 	w.all.add(t)
 	if l.full(inFlight + 1) {
 		l.filled = now

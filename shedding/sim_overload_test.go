@@ -49,10 +49,10 @@ func TestSimOverload(t *testing.T) {
 					// mixed load: all waiting falls on the sheddable classes, three quarters of it.
 					refused, bound := 0.03, 40*ms
 					if mix != nil {
-						bound = 45 * ms
+						bound = 42 * ms
 					}
 					if !constant {
-						refused = 0.033
+						refused = 0.034
 						if mix != nil {
 							refused = 0.042
 						}
@@ -101,12 +101,18 @@ func TestSimCriticality(t *testing.T) {
 				c := &r.classes
 				t.Logf("%-11s extra %.1f %vx: goodput %.3f, success from below %.4f %.4f %.4f %.4f", kind(constant), extra, load,
 					r.goodput, c[0].success(), c[1].success(), c[2].success(), c[3].success())
+				// Of exponential times the limit is seldom, and for seconds, below what the server can
+				// run: at 3x, over 120 seeds, the mean success of critical is 0.9975.
+				least := 0.995
+				if !constant {
+					least = 0.99
+				}
 				above := 0.0 // part of the capacity
 				for rank := classes - 1; rank >= 0; rank-- {
 					above += load * mixed[Sheddable+Criticality(rank)]
 					switch success := c[rank].success(); {
-					case above < 0.9 && success < 0.995:
-						t.Errorf("%v: success %v, want 0.995: all that is above fits", Sheddable+Criticality(rank), success)
+					case above < 0.9 && success < least:
+						t.Errorf("%v: success %v, want %v: all that is above fits", Sheddable+Criticality(rank), success, least)
 					case rank > 0 && success < c[rank-1].success()-0.01:
 						t.Errorf("%v: success %v, less than in the class below", Sheddable+Criticality(rank), success)
 					case above-load*mixed[Sheddable+Criticality(rank)] > 1.3 && success > 0.01:
