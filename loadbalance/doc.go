@@ -111,11 +111,13 @@
 //     the reason BULKHEAD_FULL.
 //   - "subset", an object: "size", how many of the endpoints this client uses at least; with
 //     "clientIndex" of "clientCount" clients they load the endpoints evenly, without them each
-//     draws a random subset. It is drawn without regard to zones.
+//     draws a random subset. With a zone these are as many of it, and as many others for it to
+//     spill to, where there are; the clients to count are those of the same zone.
 //   - "zone", an object: "local", the caller's zone. Its endpoints are preferred until too
 //     few are healthy (below 72%), or they take "overload" 2 times their usual latency and
-//     others are faster. Resolvers tell zones by [SetZone]. xDS's localities do not arrive here: there,
-//     grpc's own priority and wrr_locality policies choose among them.
+//     others are faster. Resolvers tell zones by [SetZone]. xDS's localities do not arrive here,
+//     as grpc (1.85) keeps them under a key of its own that no other package can read: there, its
+//     priority and wrr_locality policies choose among them.
 //
 // # Attempts of one call
 //
@@ -135,7 +137,8 @@
 // counts while it is open; its length says nothing, its failure counts. A unary
 // call that waits long for its answer by design (a long poll) should have a
 // connection of its own, or it will make its endpoint look slow. Of an endpoint where more
-// than 4,000 attempts a second end, one in four is measured (not so for bobtail_prequal). A method
+// than 2,000 attempts a second end, 500 to 2,000 a second are measured, and one in 256 at least; those
+// that fail or are cancelled are all seen, and count as much less (not so for bobtail_prequal). A method
 // whose descriptor is not linked into the program counts as unary.
 //
 // # What outlives what

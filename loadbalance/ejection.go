@@ -24,6 +24,8 @@ const (
 	longest = 10
 	// maxEvents is how many events wait for a call that takes them.
 	maxEvents = 64
+	// mostDeclined is how many ends of attempts that do not take it an event waits for.
+	mostDeclined = 1000
 )
 
 var logger = grpclog.Component("bobtail")
@@ -383,6 +385,7 @@ func (b *shards) tell(e Event) {
 		b.events = slices.Delete(b.events, 0, 1)
 	}
 	b.events = append(b.events, e)
+	b.declined.Store(0)
 	b.news.Store(true)
 }
 
@@ -404,7 +407,8 @@ type handler struct{}
 
 // WithEventHandler returns a context whose calls take the events of the balancers that
 // they use: ejections, readmissions, panics. An event waits for the end of the next such
-// call of its connection (the newest 64 do) and is handed to one call only. The handler
+// call of its connection (the newest 64 do) and is handed to one call only; when 1,000 attempts or
+// more that do not take it have ended since the latest, it is dropped. The handler
 // is called from the end of an attempt: it must not block. Without any handler the events are
 // in gRPC's log, at level INFO, component "bobtail".
 func WithEventHandler(ctx context.Context, h func(Event)) context.Context {
@@ -414,14 +418,21 @@ func WithEventHandler(ctx context.Context, h func(Event)) context.Context {
 // deliver hands the events to the call of ctx if it takes them.
 func (b *shards) deliver(ctx context.Context) {
 	h, _ := ctx.Value(handler{}).(func(Event))
-	if h == nil {
+	if h == nil && b.declined.Add(1) < mostDeclined {
 		return
 	}
 	b.mu.Lock()
+	if h == nil && b.declined.Load() < mostDeclined {
+		b.mu.Unlock()
+		return // there is another one
+	}
 	events := b.events
 	b.events = nil
 	b.news.Store(false)
 	b.mu.Unlock()
+	if h == nil {
+		return // nobody takes them, and to look for who does costs each call something
+	}
 	for _, e := range events {
 		h(e)
 	}

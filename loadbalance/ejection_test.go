@@ -999,3 +999,46 @@ func TestAProbeIsJudgedByThePresent(t *testing.T) {
 		}
 	})
 }
+
+// Events that nobody takes do not have each call look for who does, for ever.
+func TestEventsOfNobodyAreDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cc, sh, _ := configured(t, P2CName, 3, `{}`)
+		b := shardsOf(sh)
+		var taken int
+		ctx := WithEventHandler(t.Context(), func(Event) { taken++ })
+		call := func(ctx context.Context, n int) {
+			for range n {
+				res, err := cc.state.Picker.Pick(balancer.PickInfo{FullMethodName: "/kv.KV/Get", Ctx: ctx})
+				if err != nil {
+					t.Fatal(err)
+				}
+				res.Done(balancer.DoneInfo{Err: status.Error(codes.Unavailable, "x"), BytesSent: true}) // which is measured always
+			}
+		}
+		tell := func() {
+			b.mu.Lock()
+			b.tell(Event{Kind: PanicBegan})
+			b.mu.Unlock()
+		}
+		tell()
+		call(t.Context(), mostDeclined-1)
+		tell() // the latest counts
+		call(t.Context(), mostDeclined-1)
+		if call(ctx, 1); taken != 2 {
+			t.Errorf("%d events taken after %d calls that do not, want both", taken, mostDeclined-1)
+		}
+		tell()
+		call(t.Context(), mostDeclined)
+		if b.news.Load() || len(b.events) > 0 {
+			t.Error("an event waits for ever")
+		}
+		if call(ctx, 1); taken != 2 {
+			t.Errorf("%d events taken, want 2", taken)
+		}
+		tell()
+		if call(ctx, 1); taken != 3 {
+			t.Errorf("%d events taken, want 3", taken)
+		}
+	})
+}

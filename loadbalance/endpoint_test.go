@@ -153,43 +153,54 @@ func TestEndpointMemory(t *testing.T) {
 	}
 }
 
-// Where attempts end very often one in four is measured, and all are again as soon as they
-// end less often, or have been away.
+// Where attempts end very often so many are measured that 64 of them take 32 to 128 ms, and all are
+// again as soon as they end less often, or have been away.
 func TestSparse(t *testing.T) {
 	var e endpoint
 	now := time.Duration(0)
-	end := func(n int, every time.Duration) {
-		for range n {
+	r := rand.New(rand.NewPCG(1, 2))
+	// run sends attempts for a while, and returns which part of them was measured in the last fifth.
+	run := func(every, long time.Duration) float64 {
+		n, all := 0., 0.
+		for end := now + long; now < end; {
 			now += every
-			e.record(now, ms, tau, answered)
-		}
-	}
-	unmeasured := func() (n int) {
-		for bits := range uint64(1000) {
-			if e.unmeasured(now, bits<<40) {
-				n++
+			passed := passes(r.Uint64(), e.sampling(now))
+			if !passed {
+				e.record(now, ms, tau, answered)
+			}
+			if end-now < long/5 {
+				if all++; !passed {
+					n++
+				}
 			}
 		}
-		return n
+		return n / all
 	}
 	for _, tc := range []struct {
-		n     int
-		every time.Duration
-		want  int
+		every, long time.Duration
+		want        float64
 	}{
-		{1000, 300 * time.Microsecond, 0},   // 3,300 a second
-		{1000, 200 * time.Microsecond, 750}, // 5,000
-		{1000, 800 * time.Microsecond, 750}, // these are one in four
-		{1000, 1100 * time.Microsecond, 0},  // less than 4,000 in all
+		{600 * time.Microsecond, time.Second, 1}, // 1,700 a second
+		{400 * time.Microsecond, time.Second, 1. / 2},
+		{600 * time.Microsecond, time.Second, 1. / 2}, // still more than 500 of them
+		{100 * time.Microsecond, time.Second, 1. / 8},
+		{2 * time.Microsecond, time.Second, 1. / 256},
+		{100 * time.Nanosecond, time.Second, 1. / 256}, // no fewer
+		{400 * time.Microsecond, time.Second, 1. / 4},  // the fewest that are enough
+		{4 * ms, time.Second, 1},
+		{100 * time.Nanosecond, time.Second, 1. / 256},
+		{2 * ms, 800 * ms, 1}, // after 20,000 times as many
 	} {
-		end(tc.n, tc.every)
-		if n := unmeasured(); n != tc.want {
-			t.Errorf("after %d every %v: %d of 1000 unmeasured, want %d", tc.n, tc.every, n, tc.want)
+		if x := run(tc.every, tc.long); x < tc.want*.8 || x > tc.want*1.25 {
+			t.Errorf("one every %v: %.4f are measured, want %.4f", tc.every, x, tc.want)
 		}
 	}
-	end(1000, 100*time.Microsecond)
-	if now += stale; unmeasured() != 0 {
-		t.Error("unmeasured after a silence")
+	run(10*time.Microsecond, 100*ms)
+	if k := e.sampling(now); k < 3 {
+		t.Errorf("k = %d at 100,000 a second", k)
+	}
+	if k := e.sampling(now + stale); k != 0 {
+		t.Errorf("k = %d after a silence", k)
 	}
 }
 
@@ -279,14 +290,60 @@ func TestSampleOfCancellations(t *testing.T) {
 // An attempt that drew again goes unmeasured as others do.
 func TestDrawnAgainIsSampledToo(t *testing.T) {
 	var e endpoint
-	e.sparse.Store(true)
+	e.sparse.Store(2)
 	n := 0
 	for i := range 1000 {
-		if e.unmeasured(1, fresh(rand.New(rand.NewPCG(uint64(i), 1)).IntN)) {
+		if passes(fresh(rand.New(rand.NewPCG(uint64(i), 1)).IntN), e.sampling(1)) {
 			n++
 		}
 	}
 	if n < 650 || n > 850 {
 		t.Errorf("of 1000 attempts that drew again %d are unmeasured, want 750", n)
+	}
+}
+
+// A failure of which all are seen, where one in four answers is, counts a fourth: so
+// endpoints are judged as if all were seen.
+func TestPartsOfAttempts(t *testing.T) {
+	var whole, part endpoint
+	for i := range 4000 {
+		v, took := answered, 2*ms
+		switch i % 10 {
+		case 3:
+			v, took = failed, 30*ms
+		case 5:
+			v, took = superseded, 6*ms
+		case 7:
+			v, took = cut, ms
+		}
+		whole.record(0, took, tau, v)
+		if v != answered {
+			part.recordPart(0, took, tau, v, .25)
+		} else if i%40 < 10 {
+			part.recordPart(0, took, tau, v, 1)
+		}
+	}
+	for name, e := range map[string]*endpoint{"all": &whole, "in part": &part} {
+		s := e.sample()
+		cost, _ := e.load(0, tau, false)
+		// Of 10: 7 answers of 2 ms, 30 of a failure, 6 and 1 of those that were cancelled.
+		if want := 51e6 / 7; math.Abs(cost-want) > .25*want {
+			t.Errorf("%s: cost %v, want %v", name, time.Duration(cost), time.Duration(want))
+		}
+		if math.Abs(e.given/e.left-1e6) > 1 {
+			t.Errorf("%s: those that were given up took %v, want 1ms", name, time.Duration(e.given/e.left))
+		}
+		if math.Abs(s.failures-1./9) > .04 || math.Abs(s.calls-45) > 1.5 {
+			t.Errorf("%s: %+v, want a ninth of 45 calls to have failed", name, s)
+		}
+	}
+	// Its memory is that of 50 whole ones.
+	if math.Abs(part.weight-memory) > 1e-9 {
+		t.Errorf("weight %v, want %d", part.weight, memory)
+	}
+	// After a silence a part outweighs the past too.
+	part.recordPart(3*tau, 40*ms, tau, failed, .25)
+	if part.weight > .25+.06 {
+		t.Errorf("weight %v after a silence", part.weight)
 	}
 }

@@ -48,6 +48,8 @@ type replica struct {
 	// it: a hint, as an older one may still be asked. seen is that chooser's number.
 	index atomic.Int32
 	seen  uint64 // guarded by replicas.mu
+	// pool is where its probe goes. An atomic because a zone may become another.
+	pool atomic.Pointer[pool]
 
 	// failures counts the attempts that have failed since one was answered last; no report is
 	// believed before until.
@@ -73,9 +75,12 @@ func (r *replica) own() int64 {
 func (r *replica) silent() bool { return !r.heard.Load() && r.missed.Load() >= patientProbes }
 
 // replicas are what the choosers of one balancer share: what is known of the endpoints,
-// and the pool. It is a deterministic core: the time is an argument. The zero value is ready.
+// and the pools. It is a deterministic core: the time is an argument. The zero value is ready.
 type replicas struct {
-	pool pool
+	// pools are that of the endpoints of the caller's zone, and that of the others. With one
+	// for both, either's probes would take the other's slots, and what is hot nearby
+	// would be told by what is idle far away.
+	pools [2]pool
 	// changes counts how often an endpoint has become silent or ceased to be.
 	changes atomic.Uint32
 	// known maps *endpoint to *replica. A sync.Map, as the end of every attempt looks one up.
@@ -123,6 +128,7 @@ type prequal struct {
 	*replicas
 	members  []member
 	of       []*replica // of[i] belongs to members[i]
+	pool     *pool      // theirs
 	fallback chooser
 	cfg      *prequalConfig
 	q        float64 // the quantile of RIF
@@ -139,11 +145,15 @@ func (s *replicas) choose(members []member, cfg *prequalConfig, p *prober) *preq
 		replicas: s,
 		members:  members,
 		of:       make([]*replica, len(members)),
+		pool:     &s.pools[0],
 		fallback: newP2C(members, cfg.decayTime),
 		cfg:      cfg,
 		q:        quantile(cfg.qRIF, len(members)),
 		uses:     reuse(cfg.probesPerPick, len(members)),
 		prober:   p,
+	}
+	if len(members) > 0 && members[0].far { // then all are
+		c.pool = &s.pools[1]
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -157,6 +167,7 @@ func (s *replicas) choose(members []member, cfg *prequalConfig, p *prober) *preq
 			s.size++
 		}
 		r.index.Store(int32(i))
+		r.pool.Store(c.pool)
 		r.seen = s.made
 		c.of[i] = r
 	}
@@ -205,7 +216,8 @@ func reuse(probesPerPick float64, n int) float64 {
 
 // route implements chooser.
 func (c *prequal) route(r *request, b bars) int {
-	if c.prober != nil {
+	if c.prober != nil && !r.noted {
+		r.noted = true
 		c.prober.note(c)
 	}
 	if c.silent() > 0 {
@@ -366,7 +378,7 @@ func (c *prequal) take(of *replica, now time.Duration, r report, probed bool, u 
 	if !math.IsInf(c.uses, 1) {
 		uses = int64(c.uses + u)
 	}
-	c.pool.put(of, now, r, uses)
+	of.pool.Load().put(of, now, r, uses) // c may be the chooser of the other zone
 }
 
 // missed notes that a probe has brought nothing, because there is no such service if
@@ -378,7 +390,7 @@ func (s *replicas) missed(of *replica, now time.Duration, unknown bool) {
 		of.heard.Store(false)
 		of.missed.Store(patientProbes)
 		of.quiet.Store(int64(now + quietFor))
-		s.pool.drop(of)
+		s.drop(of)
 	} else if n := of.missed.Load() + 1; n < 30 {
 		of.missed.Store(n)
 		if n >= patientProbes {
@@ -395,7 +407,14 @@ func (s *replicas) failed(of *replica, now time.Duration) {
 	n := min(of.failures.Load(), 7) + 1
 	of.failures.Store(n)
 	of.until.Store(int64(now + min(maxHoldOff, holdOff<<(n-1))))
-	s.pool.drop(of)
+	s.drop(of)
+}
+
+// drop forgets the probe of an endpoint.
+func (s *replicas) drop(of *replica) {
+	for i := range s.pools {
+		s.pools[i].drop(of)
+	}
 }
 
 // answered notes that an attempt was not in vain.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -501,4 +502,95 @@ func TestPrequalManyFailures(t *testing.T) {
 	c.of[0].failures.Store(math.MaxInt32)
 	c.failed(c.of[0], 0)
 	c.failed(c.of[0], 0)
+}
+
+// The endpoints of the caller's zone have a pool of their own: what those of other zones
+// report takes none of its slots, and does not say which of its endpoints are hot.
+func TestPoolsOfTheZones(t *testing.T) {
+	var s replicas
+	all := simMembers(4 + 40)
+	for i := range all {
+		all[i].far = i >= 4
+	}
+	near, far := s.choose(all[:4], defaultPrequal(), nil), s.choose(all[4:], defaultPrequal(), nil)
+	near.fallback, far.fallback = always(3), always(39)
+	for i := range 3 {
+		near.take(near.of[i], 0, report{rif: int64(10 + i), latency: time.Duration(5-i) * ms}, true, 0)
+	}
+	for i := range 30 {
+		far.take(far.of[i], ms, report{rif: 0, latency: 90 * ms}, true, 0)
+	}
+	if got := len(near.pool.held()); got != 3 {
+		t.Errorf("%d probes of the zone are left, want 3", got)
+	}
+	if hot := math.Float64frombits(near.pool.hot.Load()); hot < 10 {
+		t.Errorf("hot in the zone are those above %v, by what others have", hot)
+	}
+	// Two are below what is hot, and the faster of these is chosen.
+	near.pool.hot.Store(math.Float64bits(11))
+	if got := near.pick(ms); got != 1 {
+		t.Errorf("endpoint %d, want 1", got)
+	}
+	if got := far.pick(ms); got >= 30 {
+		t.Errorf("endpoint %d of the others, want one that has reported", got)
+	}
+	// A call's report is taken by whichever chooser was asked last.
+	far.take(near.of[3], ms, report{rif: 1, latency: ms}, false, 0)
+	if got := near.pick(ms); got != 3 {
+		t.Errorf("endpoint %d, want 3", got)
+	}
+	for _, c := range []*prequal{near, far} {
+		key := c.pool.held()[0]
+		i := slices.IndexFunc(c.of, func(r *replica) bool { return r.e.key == key })
+		near.failed(c.of[i], ms)
+		if got := c.pool.held(); slices.Contains(got, key) {
+			t.Errorf("the probe of one that failed, %s, is left: %v", key, got)
+		}
+	}
+}
+
+// idle is the picker of a connection to nobody.
+type idle struct{}
+
+func (idle) Pick(balancer.PickInfo) (balancer.PickResult, error) { return balancer.PickResult{}, nil }
+
+// A pick that asks a chooser twice, or two of them, as a hedge does where all is tried, earns
+// the probes of one.
+func TestAPickIsCountedOnce(t *testing.T) {
+	p := newProber()
+	all := simMembers(4)
+	for i := range all {
+		all[i].leaf, all[i].far = idle{}, i >= 2
+	}
+	b := &shards{start: time.Now()}
+	b.due.Store(math.MaxInt64)
+	rot := &rotation{tau: tau, ended: func(*endpoint, time.Duration, verdict, any) {}}
+	choose := func(m []member) chooser { return p.replicas.choose(m, defaultPrequal(), p) }
+	rot.add(all[:2], choose, &b.typical[0])
+	rot.add(all[2:], choose, &b.typical[1])
+	from := &picker{b: b}
+	from.rotation.Store(rot)
+	var picks uint64
+	for range 100 {
+		var call attempt.Call
+		var as [6]attempt.Attempt
+		var dones []func(balancer.DoneInfo)
+		for i := range as {
+			as[i].Init(&call, i+1, attempt.Hedge)
+			res, err := from.Pick(balancer.PickInfo{Ctx: attempt.NewContext(t.Context(), &as[i])})
+			if (err == nil) != (i < 4) {
+				t.Fatalf("attempt %d: %v", i+1, err)
+			}
+			if err == nil {
+				dones = append(dones, res.Done)
+			}
+			picks++
+			if n := p.picks.Load(); n != picks {
+				t.Fatalf("attempt %d: %d picks are counted, want %d", i+1, n, picks)
+			}
+		}
+		for _, done := range dones {
+			done(got)
+		}
+	}
 }

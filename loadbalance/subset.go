@@ -2,6 +2,7 @@ package loadbalance
 
 import (
 	"cmp"
+	"maps"
 	"math"
 	"slices"
 
@@ -26,14 +27,36 @@ import (
 // client draws for itself (rendezvous hashing, as gRFC A68). Then an endpoint more or less changes
 // at most one of a subset, and the number of clients of an endpoint is binomial.
 type subset struct {
-	// size, [1, 1e6], is how many endpoints a client uses at least. Default 0: all.
+	// size, [1, 1e6], is how many endpoints a client uses at least; with a zone, how many of it
+	// and how many others. Default 0: all.
 	size int64
-	// index, [0, count), is this client's among count, [1, 1e9], that share the endpoints.
+	// index, [0, count), is this client's among count, [1, 1e9], that share the endpoints; with a
+	// zone, among those of the same zone.
 	// Default: none, the subset is random.
 	index, count int64
 }
 
-// of returns the endpoints to use, with their weights, by their keys.
+// shares returns the endpoints to use, with their weights, by their keys. With a zone there is
+// one subset of it and one of the others: or a client would have few of its own zone by chance,
+// or none; and without any of the others its zone could not spill.
+func (o *options) shares(endpoints []resolver.Endpoint, seed uint64) map[string]float64 {
+	if o.zone.local == "" || o.subset.size == 0 {
+		return o.subset.of(endpoints, seed)
+	}
+	var near, far []resolver.Endpoint
+	for _, e := range endpoints {
+		if zoneOf(e) == o.zone.local {
+			near = append(near, e)
+		} else {
+			far = append(far, e)
+		}
+	}
+	shares := o.subset.of(near, seed)
+	maps.Copy(shares, o.subset.of(far, seed))
+	return shares
+}
+
+// of returns those of the endpoints to use.
 func (s subset) of(endpoints []resolver.Endpoint, seed uint64) map[string]float64 {
 	weights := make(map[string]float64, len(endpoints))
 	for _, e := range endpoints {

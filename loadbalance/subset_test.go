@@ -254,3 +254,88 @@ func TestBalancerKeepsToItsSubset(t *testing.T) {
 		}
 	}
 }
+
+// With a zone a client has as many endpoints of it as it is to have, though these be few
+// among all, and as many others for when the zone does badly.
+func TestSubsetOfEachZone(t *testing.T) {
+	es := named(make([]uint32, 100)...)
+	for i := range es {
+		es[i] = SetZone(es[i], map[bool]string{true: "a", false: "b"}[i < 10])
+	}
+	near := func(shares map[string]float64) (n int) {
+		for _, e := range es[:10] {
+			if _, ok := shares[keyOf(e)]; ok {
+				n++
+			}
+		}
+		return n
+	}
+	// A client's stretch of the ring has a whole number of its 50 parts, and so may touch some more.
+	for seed := range uint64(50) {
+		for _, s := range []subset{{size: 4}, {size: 4, index: int64(seed), count: 50}} {
+			o := options{subset: s, zone: zone{local: "a"}}
+			if shares := o.shares(es, seed); near(shares) < 4 || near(shares) > 5 || len(shares) < 8 || len(shares) > 12 {
+				t.Errorf("%+v: %d endpoints, %d of the zone, want four of each", s, len(shares), near(shares))
+			}
+			o.subset.size = 20
+			if shares := o.shares(es, seed); near(shares) != 10 || len(shares) < 30 || len(shares) > 33 {
+				t.Errorf("%+v: %d endpoints, %d of the zone, want all ten of it and 20 others", s, len(shares), near(shares))
+			}
+			o.subset.size, o.zone.local = 4, "elsewhere"
+			if n := len(o.shares(es, seed)); n < 4 || n > 5 {
+				t.Errorf("%+v, in a zone of nobody: %d endpoints, want 4", s, n)
+			}
+			o.zone.local = ""
+			if n := len(o.shares(es, seed)); n < 4 || n > 5 {
+				t.Errorf("%+v, without a zone: %d endpoints, want 4", s, n)
+			}
+		}
+	}
+	// All clients of a zone together load its endpoints evenly.
+	total := make(map[string]float64)
+	for i := range int64(30) {
+		o := options{subset: subset{size: 3, index: i, count: 30}, zone: zone{local: "a"}}
+		sum, shares := 0., o.shares(es, 0)
+		for _, e := range es[:10] {
+			sum += shares[keyOf(e)]
+		}
+		for _, e := range es[:10] {
+			total[keyOf(e)] += shares[keyOf(e)] / sum
+		}
+	}
+	for key, x := range total {
+		if math.Abs(x-3) > 1e-9 {
+			t.Errorf("%s has the load of %v clients, want 3", key, x)
+		}
+	}
+}
+
+// Such a client keeps to its zone while that is well, and has a place to go when it is not.
+func TestSubsetWithAZone(t *testing.T) {
+	for _, name := range ours {
+		synctest.Test(t, func(t *testing.T) {
+			d := zones(t, 16, 3, name, `{"zone": {"local": "a"}, "subset": {"size": 2}, "slowStart": {"window": "0s"}}`)
+			count := func() (near, far int) {
+				for i, n := range d.run(5 * time.Second) {
+					switch {
+					case n > 0 && i < 3:
+						near++
+					case n > 0:
+						far++
+					}
+				}
+				return near, far
+			}
+			if near, far := count(); near != 2 || far != 0 {
+				t.Errorf("%s: calls at %d endpoints of the zone and %d others, want 2 and 0", name, near, far)
+			}
+			for i := range 3 {
+				d.f.Stop(i)
+			}
+			time.Sleep(100 * ms)
+			if near, far := count(); near != 0 || far != 2 {
+				t.Errorf("%s: the zone is down: calls at %d endpoints of it and %d others, want 0 and 2", name, near, far)
+			}
+		})
+	}
+}
