@@ -77,6 +77,8 @@ func (r *reader) serverPolicy() ServerPolicy {
 	}
 	if t := r.object("tenants"); t != nil {
 		p.admission.Tenants = t.tenants()
+	} else if q := p.admission.Queue; q != nil && q.Shards > 1 && !r.has("tenants") {
+		r.fault("tenants", "missing, want it beside queue.shards: it is tenants that are dealt queues")
 	}
 	p.admission.Exempt = r.exempt()
 	if s, ok := r.text("maxCriticality"); ok {
@@ -150,6 +152,12 @@ func (r *reader) queue() *shedding.QueueConfig {
 	c.MaxLength = int(n)
 	c.Target, _ = r.duration("target", "more than 0s", above0)
 	c.MaxWait, _ = r.duration("maxWait", "(0s, 60s]", func(d time.Duration) bool { return d > 0 && d <= time.Minute })
+	shards, _ := r.number("shards", "an integer in [1, 256]", whole(1, 256))
+	hand, _ := r.number("hand", "an integer in [1, 8]", whole(1, 8))
+	c.Shards, c.Hand = int(shards), int(hand)
+	if len(r.d.faults) == before && c.Hand > max(c.Shards, 1) {
+		r.fault("hand", "%d, want at most shards %d", c.Hand, max(c.Shards, 1))
+	}
 	switch {
 	case len(r.d.faults) > before || !r.has("target"):
 	case c.MaxWait == 0 && c.Target > 100*time.Millisecond:
@@ -168,7 +176,7 @@ func (r *reader) tenants() *shedding.TenantsConfig {
 	if c.MetadataKey, ok = r.text("metadataKey"); ok && !isMetadataKey(c.MetadataKey) {
 		r.fault("metadataKey", "%q, want a key of gRPC metadata such as %q: of letters, digits, '-', '_' and '.', not beginning with \"grpc-\"", c.MetadataKey, "x-tenant-id")
 	}
-	c.PerSecond, _ = r.number("perSecond", "(0, 1000000000]", func(v float64) bool { return v > 0 && v <= 1e9 })
+	c.PerSecond, _ = r.number("perSecond", "[0.001, 1000000000]", func(v float64) bool { return v >= 0.001 && v <= 1e9 })
 	n, _ := r.number("burst", "an integer in [1, 1000000000]", whole(1, 1e9))
 	c.Burst = int(n)
 	if r.has("burst") && !r.has("perSecond") {

@@ -60,7 +60,11 @@ var brokenServer = []struct{ name, text, want string }{
 	{"target over the default maxWait", `{"queue": {"target": "0.2s"}}`, `queue.target: 200ms, want at most the default maxWait 100ms`},
 	{"maxWait", `{"queue": {"maxWait": "60.000000001s"}}`, `queue.maxWait: "60.000000001s", want (0s, 60s]`},
 	{"maxWait negative", `{"queue": {"maxWait": "-1s"}}`, `queue.maxWait: "-1s", want (0s, 60s]`},
-	{"an unknown key of queue", `{"queue": {"lifo": true}}`, `queue.lifo: unknown key, want one of maxLength, target, maxWait`},
+	{"shards", `{"queue": {"shards": 257}, "tenants": {"metadataKey": "t"}}`, `queue.shards: 257, want an integer in [1, 256]`},
+	{"hand", `{"queue": {"shards": 64, "hand": 9}, "tenants": {"metadataKey": "t"}}`, `queue.hand: 9, want an integer in [1, 8]`},
+	{"a hand of more than there are", `{"queue": {"shards": 4, "hand": 5}, "tenants": {"metadataKey": "t"}}`, `queue.hand: 5, want at most shards 4`},
+	{"a hand of no shards", `{"queue": {"hand": 2}}`, `queue.hand: 2, want at most shards 1`},
+	{"an unknown key of queue", `{"queue": {"lifo": true}}`, `queue.lifo: unknown key, want one of maxLength, target, maxWait, shards, hand`},
 
 	{"tenants of nothing", `{"tenants": {}}`, `tenants.metadataKey: missing`},
 	{"burst without a rate", `{"tenants": {"metadataKey": "t", "burst": 5}}`, `tenants.burst: of what? want perSecond beside it`},
@@ -72,8 +76,10 @@ var brokenServer = []struct{ name, text, want string }{
 		`tenants.metadataKey: "grpc-timeout", want a key of gRPC metadata such as "x-tenant-id": of letters, digits, '-', '_' and '.', not beginning with "grpc-"`},
 	{"metadataKey of HTTP/2", `{"tenants": {"metadataKey": ":path", "perSecond": 1}}`,
 		`tenants.metadataKey: ":path", want a key of gRPC metadata such as "x-tenant-id": of letters, digits, '-', '_' and '.', not beginning with "grpc-"`},
-	{"perSecond", `{"tenants": {"metadataKey": "t", "perSecond": 0}}`, `tenants.perSecond: 0, want (0, 1000000000]`},
-	{"perSecond endless", `{"tenants": {"metadataKey": "t", "perSecond": "Inf"}}`, `tenants.perSecond: Inf, want (0, 1000000000]`},
+	{"perSecond", `{"tenants": {"metadataKey": "t", "perSecond": 0}}`, `tenants.perSecond: 0, want [0.001, 1000000000]`},
+	{"perSecond endless", `{"tenants": {"metadataKey": "t", "perSecond": "Inf"}}`, `tenants.perSecond: Inf, want [0.001, 1000000000]`},
+	{"perSecond too low", `{"tenants": {"metadataKey": "t", "perSecond": 0.0009}}`, `tenants.perSecond: 0.0009, want [0.001, 1000000000]`},
+	{"shards without tenants", `{"queue": {"shards": 64}}`, `tenants: missing, want it beside queue.shards: it is tenants that are dealt queues`},
 	{"burst", `{"tenants": {"metadataKey": "t", "perSecond": 1, "burst": 0}}`, `tenants.burst: 0, want an integer in [1, 1000000000]`},
 	{"max tenants", `{"tenants": {"metadataKey": "t", "perSecond": 1, "max": 1.5}}`, `tenants.max: 1.5, want an integer in [1, 1000000]`},
 	{"an unknown key of tenants", `{"tenants": {"metadataKey": "t", "perSecond": 1, "per_second": 1}}`, `tenants.per_second: unknown key, did you mean "perSecond"?`},
@@ -97,7 +103,7 @@ var brokenServer = []struct{ name, text, want string }{
 			"limiter.algorithm: \"x\", want \"gradient\", \"vegas\", \"aimd\" or \"static\"\n" +
 			"limiter.min: 0, want an integer in [1, 1000000]\n" +
 			"queue.maxLength: -1, want an integer in [1, 100000]\n" +
-			"queue.x: unknown key, want one of maxLength, target, maxWait\n" +
+			"queue.x: unknown key, want one of maxLength, target, maxWait, shards, hand\n" +
 			"exempt[0]: \"\", want \"/package.Service/Method\" or \"/package.Service/*\"\n" +
 			"queu: unknown key, did you mean \"queue\"?"},
 }

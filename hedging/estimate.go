@@ -11,16 +11,13 @@ type Estimate struct {
 	Hedged time.Duration
 	// Extra is the share of the calls that are then hedged, in [0, 1].
 	Extra float64
-	// Best is the least that any single delay would give within the same extra load, and
-	// BestDelay is that delay: SingleR's optimum.
-	Best, BestDelay time.Duration
 }
 
 const (
 	estimated = 0.99
-	// bisections find a duration of up to 69 s to a microsecond or so, which is less than the
-	// tracker knows.
-	bisections = 26
+	// bisections find a duration to 1/65536 of the percentile, which is less than the tracker
+	// knows.
+	bisections = 16
 	// estimateDelays is how many delays are tried for the best one.
 	estimateDelays = 128
 )
@@ -50,22 +47,41 @@ func (h *Hedger) Estimate(now time.Time, extra float64) (Estimate, bool) {
 	if delay < 0 {
 		return Estimate{}, false
 	}
-	f := func(d time.Duration) float64 {
+	e.Hedged, e.Extra = single(h.upTo(now), e.Unhedged, delay, extra)
+	return e, true
+}
+
+// Optimum returns the delay that gives the least 99th percentile within the same extra load as
+// [Hedger.Estimate], and what it gives: the yardstick for the delay in force. It tries 128 delays,
+// each of which costs as much as an Estimate.
+func (h *Hedger) Optimum(now time.Time, extra float64) (hedged, delay time.Duration, ok bool) {
+	if !(extra > 0 && extra < 1) {
+		extra = 1
+	}
+	unhedged, ok := h.latency.Quantile(now, estimated)
+	if !ok {
+		return 0, 0, false
+	}
+	f := h.upTo(now)
+	hedged, delay = unhedged, unhedged
+	for k := range estimateDelays {
+		d := unhedged * time.Duration(k) / estimateDelays
+		if t, _ := single(f, unhedged, d, extra); t < hedged {
+			hedged, delay = t, d
+		}
+	}
+	return hedged, delay, true
+}
+
+// upTo is the distribution of the attempts' latencies.
+func (h *Hedger) upTo(now time.Time) func(time.Duration) float64 {
+	return func(d time.Duration) float64 {
 		if d < 0 {
 			return 0
 		}
 		p, _ := h.latency.UpTo(now, d)
 		return p
 	}
-	e.Hedged, e.Extra = single(f, e.Unhedged, delay, extra)
-	e.Best, e.BestDelay = e.Hedged, delay
-	for k := range estimateDelays {
-		d := e.Unhedged * time.Duration(k) / estimateDelays
-		if t, _ := single(f, e.Unhedged, d, extra); t < e.Best {
-			e.Best, e.BestDelay = t, d
-		}
-	}
-	return e, true
 }
 
 // single returns the percentile that one hedge after d gives, which is unhedged at most, and

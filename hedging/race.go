@@ -205,11 +205,15 @@ func (r *race) attempt(b *branch) *branch {
 	defer r.mu.Unlock()
 	b.ended = true
 	superseded := r.core.over
-	if b.withdrawn {
-		return r.afterAll(b, now, code)
-	}
-	if b.err != nil && (b.attempt.Unsent() || b.nowhere(code)) {
+	unsent := b.err != nil && (b.attempt.Unsent() || b.nowhere(code))
+	switch {
+	case unsent && b.withdrawn:
+		r.retract(b)
+		return nil
+	case unsent:
 		return r.takeBack(b, now)
+	case b.withdrawn:
+		return r.afterAll(b, now, code)
 	}
 	if superseded && b.err != nil {
 		code = codes.Canceled // whatever it says, it was cut off

@@ -84,8 +84,23 @@ func (r *race) header(b *branch, begun bool) {
 	}
 	b.begun.Store(true)
 	r.h.distance.told(at, now-b.started)
-	r.mu.Lock()
+	if !r.mu.TryLock() {
+		// A hedge may be in the making, under the lock, and the clone of a large request
+		// takes long. All calls of the connection would wait for it.
+		go func() {
+			r.mu.Lock()
+			r.lead(b)
+		}()
+		return
+	}
+	r.lead(b)
+}
+
+// lead has b go on, whose handler has started, or one that started with it. The lock is held,
+// and let go.
+func (r *race) lead(b *branch) {
 	defer r.mu.Unlock()
+	now := time.Since(r.begun)
 	if b.withdrawn || b.ended {
 		return
 	}
@@ -133,6 +148,26 @@ func (r *race) afterAll(b *branch, now time.Duration, code codes.Code) *branch {
 		return r.follow(r.core.save(b.number()), now, b.inline)
 	}
 	return nil
+}
+
+// retract takes back b, which was withdrawn, and which then had nowhere to go: it was never
+// launched. The token is that of the copy, which of the two b is does not matter: whatever
+// the servers tell, the work is done once. The lock is held.
+func (r *race) retract(b *branch) {
+	r.core.withdrawn--
+	if k := b.number(); k == r.core.number && k > 1 {
+		r.core.number--
+	}
+	if !r.core.over {
+		r.needs().suppressed = NoBackend
+	}
+	paid := b
+	if b == &r.first {
+		paid = r.rare.leader
+	}
+	if r.h.cfg.Budget != nil {
+		r.h.cfg.Budget.GiveBack(r.begun.Add(paid.started))
+	}
 }
 
 // reclaim gives the token of a tied copy back when b, of which there was no need any

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/internal/attempt"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
@@ -538,5 +539,55 @@ func TestTiedConfig(t *testing.T) {
 		if err := tc.cfg.Validate(); err == nil || err.Error() != tc.want {
 			t.Errorf("%v, want %s", err, tc.want)
 		}
+	}
+}
+
+// A copy that is withdrawn while its pick waits, and then has nowhere to go, was never sent:
+// it is not told of, and its token comes back, whether or not all servers tell of starts.
+func TestTiedWithdrawnUnsent(t *testing.T) {
+	for _, unsent := range []int{1, 2} {
+		synctest.Test(t, func(t *testing.T) {
+			q := newQueueing(t, 2)
+			b := &ledger{tokens: 5}
+			var rep hedging.Report
+			cfg := hedging.Config{MaxAttempts: 2, Tied: true, Budget: b, TieDelay: 2 * ms, NonFatalCodes: []codes.Code{codes.Unavailable},
+				Report: func(_ context.Context, r hedging.Report) { rep = r }}
+			picks := func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+				if number(ctx) == unsent {
+					<-ctx.Done() // withdrawn
+					attempt.FromContext(ctx).MarkUnsent()
+					return status.FromContextError(ctx.Err()).Err()
+				}
+				return invoker(ctx, method, req, reply, cc, opts...)
+			}
+			// Another call has been answered untold, so that no token comes back for being told
+			// of no start.
+			q.silent.Store(true)
+			cc := q.Dial(roundRobin, grpc.WithStatsHandler(hedging.StatsHandler()),
+				grpc.WithChainUnaryInterceptor(hedging.UnaryClientInterceptor(cfg), func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+					if q.silent.Load() {
+						return invoker(ctx, method, req, reply, cc, opts...)
+					}
+					return picks(ctx, method, req, reply, cc, invoker, opts...)
+				}))
+			cc.Connect()
+			time.Sleep(time.Second)
+			c := kvpb.NewKVClient(cc)
+			q.tell()
+			if _, err := c.Get(t.Context(), &kvpb.Request{}); err != nil {
+				t.Error(err)
+			}
+			q.silent.Store(false)
+			q.tell(10*ms, 10*ms)
+			if _, err := c.Get(t.Context(), &kvpb.Request{Id: 20}); err != nil {
+				t.Error(err)
+			}
+			synctest.Wait()
+			want := hedging.Report{Method: get, Attempts: 1, Winner: 3 - unsent, Delay: -1, Suppressed: hedging.NoBackend}
+			if rep != want {
+				t.Errorf("attempt %d unsent: %+v, want %+v", unsent, rep, want)
+			}
+			b.expect(t, 1, 1)
+		})
 	}
 }

@@ -29,6 +29,7 @@ type Request struct {
 	Criticality Criticality
 	Extra       bool          // a hedge or a retry: refused before the first attempts of its class
 	Cohort      uint32        // a stable hash of the tenant or the user: see LevelOf
+	Flow        uint64        // a hash of who shares a hand of queues: see QueueConfig.Shards
 	Deadline    time.Time     // zero: none
 	Median      time.Duration // of the times of the method's handlers; 0: not known
 	Owner       any           // comes back in the Settlement; not looked at
@@ -229,7 +230,7 @@ func (a *Admission) Reconfigure(now time.Time, cfg AdmissionConfig) error {
 		a.above, a.below = time.Time{}, time.Time{}
 		fallthrough
 	case cfg.Queue != nil:
-		a.queue.cfg = cfg.Queue.withDefaults()
+		a.queue.configure(*cfg.Queue)
 	}
 	a.cfg = cfg
 	a.limitMoved(now, from)
@@ -267,7 +268,7 @@ func (a *Admission) decide(now time.Time, level Level, r Request) Decision {
 	if a.queue == nil {
 		return a.refusal(AtLimit)
 	}
-	if !until.IsZero() && now.Add(a.expected(level)).After(until) {
+	if !until.IsZero() && now.Add(a.expected(level, r.Flow)).After(until) {
 		return a.refusal(Hopeless)
 	}
 	if a.queue.Len() >= a.length {
@@ -275,13 +276,13 @@ func (a *Admission) decide(now time.Time, level Level, r Request) Decision {
 		if a.queue.Full() {
 			below = levels
 		}
-		if w, ok := a.queue.Displace(level, below); ok {
+		if w, ok := a.queue.Displace(level, r.Flow, below); ok {
 			a.settle(now, w, a.refusal(Displaced))
 		} else if level < below {
 			return a.refusal(QueueFull)
 		}
 	}
-	ticket, ok := a.queue.Push(now, level, until, r.Owner)
+	ticket, ok := a.queue.Push(now, level, r.Flow, until, r.Owner)
 	if !ok {
 		return a.refusal(QueueFull)
 	}
@@ -556,13 +557,13 @@ func (a *Admission) event(kind EventKind, now time.Time, from, to int) {
 
 // expected is the wait of one that comes now: those before it, and the one whose slot it
 // is to have.
-func (a *Admission) expected(level Level) time.Duration {
+func (a *Admission) expected(level Level, flow uint64) time.Duration {
 	rate := a.flow.capacity
 	if a.flow.mean > 0 {
 		// A server that had little to do can do more than it has done.
 		rate = max(rate, float64(a.limiter.Limit())/a.flow.mean*float64(time.Second))
 	}
-	return forRequests(float64(a.queue.Ahead(level)+1), rate)
+	return forRequests(float64(a.queue.Ahead(level, flow)+1), rate)
 }
 
 func (a *Admission) refusal(why Reason) Decision {

@@ -60,7 +60,7 @@ func (f *flow) arrived(level Level, n int) {
 
 func (f *flow) done(ran time.Duration, r Result) {
 	f.completed++
-	if r != Ignored {
+	if r != Ignored && r != Untimed {
 		t := float64(ran)
 		f.sum += t
 		f.sumSq += t * t

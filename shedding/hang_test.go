@@ -8,13 +8,13 @@ import (
 // stepServer is a server with an Admission in front, in steps of a millisecond: workers in
 // turn take what has been admitted, 10 ms each.
 type stepServer struct {
-	a       *Admission
-	now     time.Time
-	workers []int       // ms that each has to work on; 0: free
-	begun   []time.Time // what each works on
-	waiting []time.Time // admitted, for a worker
-	stalled bool
-	done    int
+	a          *Admission
+	now        time.Time
+	workers    []int       // ms that each has to work on; 0: free
+	begun      []time.Time // what each works on
+	waiting    []time.Time // admitted, for a worker
+	stalled    bool
+	come, done int
 }
 
 func newStepServer(a *Admission, workers int) *stepServer {
@@ -24,7 +24,8 @@ func newStepServer(a *Admission, workers int) *stepServer {
 // step lets n requests come and a millisecond pass.
 func (s *stepServer) step(n int) {
 	for range n {
-		if s.a.Arrive(s.now, Request{}).Verb == Admitted {
+		s.come++
+		if s.a.Arrive(s.now, Request{Cohort: uint32(s.come)}).Verb == Admitted {
 			s.waiting = append(s.waiting, s.now)
 		}
 	}
@@ -173,7 +174,7 @@ func TestEndlessStall(t *testing.T) {
 			}
 			s.settled()
 		}
-		if e := a.expected(0); e < 0 || e > time.Hour {
+		if e := a.expected(0, 0); e < 0 || e > time.Hour {
 			t.Fatalf("a wait of %v is expected", e)
 		}
 		if a.queue.bound <= 0 {
@@ -354,5 +355,31 @@ func TestLateCallsDoNotLowerTheLimit(t *testing.T) {
 	serve(l, now, 2*time.Second, l.Limit(), 90*ms, Dropped)
 	if l.Limit() > before/2 {
 		t.Errorf("limit %d, was %d, for handlers that were cut off after 90 ms", l.Limit(), before)
+	}
+}
+
+// An overload that is over is over within seconds, however few calls come to tell of it.
+func TestOverloadEndsInQuiet(t *testing.T) {
+	for _, every := range []int{1000, 200, 50, 20} { // ms
+		a := newAdmission(t, AdmissionConfig{Queue: &QueueConfig{}})
+		s := newStepServer(a, 10)
+		for range 10_000 {
+			s.step(8)
+		}
+		if st := a.Stats(); !st.Overloaded || st.Cursor == 0 {
+			t.Fatalf("%+v: this is no overload", st)
+		}
+		took := 0
+		for a.Stats().Overloaded && took < 60_000 {
+			n := 0
+			if took++; took%every == 0 {
+				n = 1
+			}
+			s.step(n)
+		}
+		t.Logf("one call in %d ms: over after %d ms", every, took)
+		if took > 3_000 {
+			t.Errorf("one call in %d ms: over after %d ms, want 3 s", every, took)
+		}
 	}
 }

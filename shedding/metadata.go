@@ -32,6 +32,12 @@ func WithCriticality(ctx context.Context, c Criticality) context.Context {
 	return metadata.NewOutgoingContext(ctx, md)
 }
 
+// OutgoingCriticality returns the class of the calls that are made under ctx.
+func OutgoingCriticality(ctx context.Context) Criticality {
+	md, _ := metadata.FromOutgoingContext(ctx)
+	return parseCriticality(md.Get(CriticalityKey))
+}
+
 // PropagateCriticality returns a context whose outgoing calls have the class of the
 // incoming call that ctx belongs to, as the server's MaxCriticality left it; ctx itself if
 // the caller has set one, or the incoming call had none.
@@ -100,8 +106,27 @@ func (s *Server) arrivalOf(cfg *serverConfig, h header) *arrival {
 	if cfg.tenant != "" {
 		a.tenant = tenantID(h.Get(cfg.tenant))
 	}
-	a.cohort = s.cohortOf(a.tenant, h)
+	a.cohort = s.cohortOf(cfg, a.tenant, h)
 	return a
+}
+
+// classified returns a context from which [PropagateCriticality] takes the class that an
+// incoming call has, which claims another one.
+func classified(ctx context.Context, claimed, is Criticality) context.Context {
+	if claimed == is {
+		return ctx
+	}
+	return context.WithValue(ctx, cappedKey{}, is)
+}
+
+// exemptContext is the context of an exempt method's handler: it is admitted whatever it
+// claims, but the calls that it makes are not.
+func (c *serverConfig) exemptContext(ctx context.Context) context.Context {
+	if c.MaxCriticality == nil {
+		return ctx
+	}
+	claimed := parseCriticality(incoming{ctx}.Get(CriticalityKey))
+	return classified(ctx, claimed, min(claimed, *c.MaxCriticality))
 }
 
 // isExtra tells a hedge or a retry, ours or of any client that follows gRFC A6 ("Exposed
@@ -123,9 +148,13 @@ func isExtra(h header) bool {
 // Art of Computer Programming, 6.4), which spreads any run of them evenly over the cohorts:
 // there are no users to be told apart, and what the cursor cuts off can be refused in the
 // tap.
-func (s *Server) cohortOf(tenant string, h header) uint32 {
+//
+// So are those of callers who are not trusted, which is where there is a MaxCriticality:
+// the hash is no secret, and one in 64 traces is of the highest cohort. A seed that is one
+// would not do: whoever has been served once in an overload can use that trace again.
+func (s *Server) cohortOf(cfg *serverConfig, tenant string, h header) uint32 {
 	id := tenant
-	if id == "" {
+	if id == "" && cfg.MaxCriticality == nil {
 		if v := h.Get(traceKey); len(v) > 0 && len(v[0]) >= 35 {
 			id = v[0][3:35] // version, trace, parent, flags
 		}

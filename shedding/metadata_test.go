@@ -88,6 +88,28 @@ func TestCohorts(t *testing.T) {
 	})
 }
 
+// Where callers are not trusted, none can choose its cohort: the same trace comes to be of
+// all of them in turn. A tenant's, which they cannot choose, stays.
+func TestCohortsAtTheEdge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // the hour does not change
+		top := Critical
+		s := newServer(t, ServerConfig{MaxCriticality: &top, Tenants: &TenantsConfig{MetadataKey: "t"}})
+		ofTrace, ofTenant := map[uint32]int{}, map[uint32]int{}
+		for range 10 * Cohorts {
+			ofTrace[s.arrivalOf(s.config.Load(), metadata.Pairs(traceKey, trace(1))).cohort%Cohorts]++
+			ofTenant[s.arrivalOf(s.config.Load(), metadata.Pairs(traceKey, trace(1), "t", "a")).cohort%Cohorts]++
+		}
+		for c, n := range ofTrace {
+			if n < 8 || n > 12 {
+				t.Errorf("%d of %d calls of a trace in cohort %d", n, 10*Cohorts, c)
+			}
+		}
+		if len(ofTrace) != Cohorts || len(ofTenant) != 1 {
+			t.Errorf("a trace is of %d cohorts, a tenant of %d; want %d and 1", len(ofTrace), len(ofTenant), Cohorts)
+		}
+	})
+}
+
 func trace(i int) string { return fmt.Sprintf("00-%032x-%016x-01", i, 7) }
 
 // The class goes with the calls that a handler makes, as the cap left it, unless the
@@ -137,6 +159,39 @@ func TestPropagateCriticality(t *testing.T) {
 	})
 	if ctx := context.Background(); PropagateCriticality(ctx) != ctx {
 		t.Error("another context, for nothing")
+	}
+}
+
+// An exempt method is admitted whatever it claims, and passes on no more than others may.
+func TestExemptPropagatesCapped(t *testing.T) {
+	for _, capped := range []bool{false, true} {
+		cfg := ServerConfig{Exempt: []string{"/kv.KV/*"}}
+		want := []string{"critical_plus", "sheddable", ""}
+		if capped {
+			most := SheddablePlus
+			cfg.MaxCriticality = &most
+			want = []string{"sheddable_plus", "sheddable", "sheddable_plus"}
+		}
+		s := newServer(t, cfg)
+		for i, claim := range []string{"critical_plus", "sheddable", ""} {
+			ctx := context.Background()
+			if claim != "" {
+				ctx = metadata.NewIncomingContext(ctx, metadata.Pairs(CriticalityKey, claim))
+			}
+			see := func(in context.Context) {
+				md, _ := metadata.FromOutgoingContext(PropagateCriticality(in))
+				if got := strings.Join(md[CriticalityKey], " "); got != want[i] {
+					t.Errorf("capped %v: claims %q, passes on %q, want %q", capped, claim, got, want[i])
+				}
+				if !capped && in != ctx {
+					t.Error("another context, for nothing")
+				}
+			}
+			_, _ = s.UnaryServerInterceptor()(ctx, nil, &grpc.UnaryServerInfo{FullMethod: "/kv.KV/Get"},
+				func(ctx context.Context, _ any) (any, error) { see(ctx); return nil, nil })
+			_ = s.StreamServerInterceptor()(nil, fakeStream{ctx: ctx}, &grpc.StreamServerInfo{FullMethod: "/kv.KV/Scan"},
+				func(_ any, ss grpc.ServerStream) error { see(ss.Context()); return nil })
+		}
 	}
 }
 

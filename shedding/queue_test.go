@@ -56,11 +56,11 @@ func TestQueueOrder(t *testing.T) {
 		{true, []string{"plus", "second", "extra", "first", "low"}},
 	} {
 		q := newQueue(t, QueueConfig{})
-		q.Push(at(0), level(Sheddable, false), time.Time{}, "low")
-		q.Push(at(1), level(Critical, false), time.Time{}, "first")
-		q.Push(at(2), level(Critical, true), time.Time{}, "extra")
-		q.Push(at(3), level(Critical, false), time.Time{}, "second")
-		q.Push(at(4), level(CriticalPlus, false), time.Time{}, "plus")
+		q.Push(at(0), level(Sheddable, false), 0, time.Time{}, "low")
+		q.Push(at(1), level(Critical, false), 0, time.Time{}, "first")
+		q.Push(at(2), level(Critical, true), 0, time.Time{}, "extra")
+		q.Push(at(3), level(Critical, false), 0, time.Time{}, "second")
+		q.Push(at(4), level(CriticalPlus, false), 0, time.Time{}, "plus")
 		q.NewestFirst(c.newestFirst)
 		var got []string
 		for w, ok := q.Pop(); ok; w, ok = q.Pop() {
@@ -79,13 +79,13 @@ func TestQueueOrder(t *testing.T) {
 		{true, []string{"plus", "critical", "less low extra", "low extra", "less low", "low"}},
 	} {
 		q := newQueue(t, QueueConfig{})
-		q.Push(at(0), level(Sheddable, false), time.Time{}, "low")
-		q.Push(at(1), level(SheddablePlus, false), time.Time{}, "less low")
-		q.Push(at(2), level(Sheddable, true), time.Time{}, "low extra")
-		q.Push(at(3), level(SheddablePlus, true), time.Time{}, "less low extra")
-		q.Push(at(4), level(Critical, false), time.Time{}, "critical")
-		q.Push(at(5), level(CriticalPlus, false), time.Time{}, "plus")
-		if n := q.Ahead(level(SheddablePlus, false)); n != 4 {
+		q.Push(at(0), level(Sheddable, false), 0, time.Time{}, "low")
+		q.Push(at(1), level(SheddablePlus, false), 0, time.Time{}, "less low")
+		q.Push(at(2), level(Sheddable, true), 0, time.Time{}, "low extra")
+		q.Push(at(3), level(SheddablePlus, true), 0, time.Time{}, "less low extra")
+		q.Push(at(4), level(Critical, false), 0, time.Time{}, "critical")
+		q.Push(at(5), level(CriticalPlus, false), 0, time.Time{}, "plus")
+		if n := q.Ahead(level(SheddablePlus, false), 0); n != 4 {
 			t.Errorf("%d are ahead of one that is sheddable_plus, want the 4 of its class and above", n)
 		}
 		q.Together(true)
@@ -95,14 +95,14 @@ func TestQueueOrder(t *testing.T) {
 			ahead = map[Criticality]int{Sheddable: 2, SheddablePlus: 2, Critical: 1, CriticalPlus: 0}
 		}
 		for class, want := range ahead {
-			if n := q.Ahead(level(class, false)); n != want {
+			if n := q.Ahead(level(class, false), 0); n != want {
 				t.Errorf("newest first %v: %d are ahead of one that is %v, want %d", c.newestFirst, n, class, want)
 			}
 		}
 		if w, _ := q.Shed(levels); w.Owner != "low extra" {
 			t.Errorf("%v has to go first, want an extra attempt of the lowest class", w.Owner)
 		}
-		q.Push(at(2), level(Sheddable, true), time.Time{}, "low extra")
+		q.Push(at(2), level(Sheddable, true), 0, time.Time{}, "low extra")
 		var got []string
 		for w, ok := q.Pop(); ok; w, ok = q.Pop() {
 			got = append(got, w.Owner.(string))
@@ -113,8 +113,8 @@ func TestQueueOrder(t *testing.T) {
 	}
 	// Of the same moment, a first attempt goes before an extra one.
 	q := newQueue(t, QueueConfig{})
-	q.Push(at(0), level(Critical, true), time.Time{}, "extra")
-	q.Push(at(0), level(Critical, false), time.Time{}, "first")
+	q.Push(at(0), level(Critical, true), 0, time.Time{}, "extra")
+	q.Push(at(0), level(Critical, false), 0, time.Time{}, "first")
 	if w, _ := q.Pop(); w.Owner != "first" {
 		t.Errorf("%v goes first", w.Owner)
 	}
@@ -124,10 +124,10 @@ func TestQueueDisplace(t *testing.T) {
 	fill := func(newestFirst bool) *Queue {
 		q := newQueue(t, QueueConfig{MaxLength: 4})
 		q.NewestFirst(newestFirst)
-		q.Push(at(0), level(Sheddable, false), time.Time{}, "old")
-		q.Push(at(1), level(Sheddable, false), time.Time{}, "new")
-		q.Push(at(2), level(Critical, true), time.Time{}, "extra")
-		q.Push(at(3), level(Critical, false), time.Time{}, "critical")
+		q.Push(at(0), level(Sheddable, false), 0, time.Time{}, "old")
+		q.Push(at(1), level(Sheddable, false), 0, time.Time{}, "new")
+		q.Push(at(2), level(Critical, true), 0, time.Time{}, "extra")
+		q.Push(at(3), level(Critical, false), 0, time.Time{}, "critical")
 		return q
 	}
 	for _, c := range []struct {
@@ -145,11 +145,11 @@ func TestQueueDisplace(t *testing.T) {
 		{true, level(Sheddable, true), levels, nil},
 	} {
 		q := fill(c.newestFirst)
-		if _, ok := q.Push(at(4), level(CriticalPlus, false), time.Time{}, nil); ok || !q.Full() {
+		if _, ok := q.Push(at(4), level(CriticalPlus, false), 0, time.Time{}, nil); ok || !q.Full() {
 			t.Fatal("a fifth of four")
 		}
 		var got []any
-		for w, ok := q.Displace(c.level, c.below); ok; w, ok = q.Displace(c.level, c.below) {
+		for w, ok := q.Displace(c.level, 0, c.below); ok; w, ok = q.Displace(c.level, 0, c.below) {
 			got = append(got, w.Owner)
 		}
 		if !slices.Equal(got, c.want) {
@@ -160,9 +160,9 @@ func TestQueueDisplace(t *testing.T) {
 
 func TestQueueEnds(t *testing.T) {
 	q := newQueue(t, QueueConfig{})
-	q.Push(at(0), level(Critical, false), time.Time{}, "maxWait")
-	q.Push(at(1), level(Critical, false), at(50), "deadline")
-	q.Push(at(2), level(Sheddable, false), at(500), "low")
+	q.Push(at(0), level(Critical, false), 0, time.Time{}, "maxWait")
+	q.Push(at(1), level(Critical, false), 0, at(50), "deadline")
+	q.Push(at(2), level(Sheddable, false), 0, at(500), "low")
 	for _, s := range []struct {
 		at   int
 		next int
@@ -173,7 +173,7 @@ func TestQueueEnds(t *testing.T) {
 			t.Errorf("at %d: %v ends, next %v", s.at, w.Owner, end.Sub(at(0)))
 		}
 	}
-	q.Push(at(101), level(Critical, false), time.Time{}, "not below")
+	q.Push(at(101), level(Critical, false), 0, time.Time{}, "not below")
 	q.Bound(10*ms, level(Critical, true))
 	if end, _ := q.NextEnd(); !end.Equal(at(12)) {
 		t.Errorf("bound: next end %v", end.Sub(at(0)))
@@ -188,11 +188,11 @@ func TestQueueEnds(t *testing.T) {
 
 func TestQueueTickets(t *testing.T) {
 	q := newQueue(t, QueueConfig{})
-	a, _ := q.Push(at(0), level(Critical, false), time.Time{}, "a")
+	a, _ := q.Push(at(0), level(Critical, false), 0, time.Time{}, "a")
 	if w, ok := q.Remove(a); !ok || w.Owner != "a" || w.Ticket != a {
 		t.Fatalf("%+v, %v", w, ok)
 	}
-	b, _ := q.Push(at(1), level(Critical, false), time.Time{}, "b") // in the same place
+	b, _ := q.Push(at(1), level(Critical, false), 0, time.Time{}, "b") // in the same place
 	for _, ticket := range []Ticket{a, {}, {place: 99, generation: 1}} {
 		if w, ok := q.Remove(ticket); ok {
 			t.Errorf("%+v names %v", ticket, w.Owner)
@@ -250,7 +250,7 @@ func TestQueueModel(t *testing.T) {
 			switch rapid.IntRange(0, 7).Draw(t, "op") {
 			case 0, 1, 2:
 				until := now.Add(time.Duration(rapid.IntRange(1, 150).Draw(t, "until"))*ms + time.Duration(id))
-				ticket, ok := q.Push(now, l, until, id)
+				ticket, ok := q.Push(now, l, 0, until, id)
 				if ok != (len(model) < maxLength) {
 					t.Fatalf("push: %v of %d", ok, len(model))
 				}
@@ -290,7 +290,7 @@ func TestQueueModel(t *testing.T) {
 				}
 				check("expire", w, ok, i)
 			case 5:
-				w, ok := q.Displace(l, levels)
+				w, ok := q.Displace(l, 0, levels)
 				check("displace", w, ok, best(
 					func(e entry) bool { return e.lane < lane || newestFirst && e.lane == lane },
 					func(a, b entry) bool {
@@ -329,12 +329,12 @@ func BenchmarkQueue(b *testing.B) {
 			q := newQueue(b, QueueConfig{MaxLength: n + 1, MaxWait: time.Minute})
 			now := simEpoch
 			for i := range n {
-				q.Push(now, Level(i*37%levels), now.Add(time.Duration(i*7919%1000)*ms), nil)
+				q.Push(now, Level(i*37%levels), 0, now.Add(time.Duration(i*7919%1000)*ms), nil)
 			}
 			b.ReportAllocs()
 			for b.Loop() {
 				now = now.Add(time.Microsecond)
-				q.Push(now, Level(now.Nanosecond()%levels), now.Add(time.Duration(now.Nanosecond()%1000)*ms), nil)
+				q.Push(now, Level(now.Nanosecond()%levels), 0, now.Add(time.Duration(now.Nanosecond()%1000)*ms), nil)
 				q.Pop()
 			}
 		})

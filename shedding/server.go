@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -32,23 +33,27 @@ type ServerConfig struct {
 
 	// Exempt are full names of methods, "/pkg.Service/Method", or "/pkg.Service/*" for all
 	// of a service, that are never refused, never wait and are not counted. Health checks
-	// and load reports always are. Name streams here that live for long: each holds a slot
-	// until its end.
+	// and load reports always are.
 	Exempt []string
 
 	// MaxCriticality is the highest class that a caller may claim: what claims more, or
 	// does not claim and would have it by default, has this one. For the edge, where
-	// callers are not trusted. Nil: no cap.
+	// callers are not trusted: neither are their traces, so that a call without a tenant is of
+	// no cohort of its own, and servers do not agree on who is refused. It holds for what
+	// exempt methods pass on as well. Nil: no cap.
 	MaxCriticality *Criticality
 
 	// Report is told of each call that is admitted or refused, on the goroutine of the
 	// call, or of its connection if the tap refuses it, where all other calls of the
-	// connection wait for it: it must be quick. It is called under no lock of ours. May be nil.
+	// connection wait for it: it must be quick. It is called under no lock of ours. If it
+	// panics, that is the call's panic, and its slot is given back; on the goroutine of the
+	// connection nobody can recover it, and it ends the process. May be nil.
 	Report func(context.Context, ServerEvent)
 
 	// Changed is told when the limit or the cursor has moved, and when an overload has
 	// begun or ended, on the goroutine of some call or timer; under no lock of ours, so that two
-	// may come in the wrong order: see [Event].At. May be nil.
+	// may come in the wrong order: see [Event].At. A panic is as one of Report; on the
+	// goroutine of a timer it ends the process. May be nil.
 	Changed func(Event)
 }
 
@@ -59,7 +64,8 @@ type ServerEvent struct {
 	Extra       bool // a hedge or a retry
 	Admitted    bool
 	Reason      Reason // of one that was not
-	// Wait is how long it was in the queue.
+	// Wait is how long it was in the queue. In shadow its handler runs in the meantime; one
+	// that has ended while the call would still wait is Admitted, with its wait so far.
 	Wait   time.Duration
 	Tap    bool // refused before it was decoded
 	Shadow bool // not obeyed
@@ -70,6 +76,8 @@ func (c ServerConfig) Validate() error {
 	errs := []error{c.admission().Validate()}
 	if c.Tenants != nil {
 		errs = append(errs, c.Tenants.Validate())
+	} else if c.Queue != nil && c.Queue.Shards > 1 {
+		errs = append(errs, fmt.Errorf("shedding: queue shards %d without tenants, want both: it is tenants that are dealt queues", c.Queue.Shards))
 	}
 	for i, name := range c.Exempt {
 		service, method, ok := splitMethod(name)
@@ -145,7 +153,9 @@ type Server struct {
 	config   atomic.Pointer[serverConfig] // read by every call
 	draining atomic.Bool                  // likewise
 	gate     Gate
+	born     time.Time     // the zero of the medians' time
 	dealt    atomic.Uint32 // see deal
+	shuffle  uint32        // a seed: nobody is to choose a name that is dealt the hand of another
 	tapErr   atomic.Pointer[tapError]
 	methods  *permethod.Map[*median]
 	admitted atomic.Int64
@@ -164,7 +174,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	s := &Server{methods: permethod.New(func(string) *median { return &median{} })}
+	s := &Server{born: time.Now(), shuffle: rand.Uint32(), methods: permethod.New(func(string) *median { return &median{} })}
 	s.core, _ = NewAdmission(cfg.admission())
 	if cfg.Tenants != nil {
 		s.tenants = newTenants(*cfg.Tenants)
@@ -174,13 +184,16 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 }
 
 // Reconfigure changes the configuration. Handlers run on with their permits, and those who
-// wait go on waiting; see [Admission.Reconfigure]. Tenants keep what they have used as long
-// as their key is the same.
+// wait go on waiting, see [Admission.Reconfigure]; in shadow nobody waits, so they run now.
+// Tenants keep what they have used as long as their key is the same.
 func (s *Server) Reconfigure(cfg ServerConfig) error {
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
 	now := s.lock()
+	if cfg.Shadow && !s.config.Load().Shadow {
+		s.letIn(now)
+	}
 	switch err := s.core.Reconfigure(now, cfg.admission()); {
 	case err != nil:
 		s.mu.Unlock()
@@ -195,6 +208,22 @@ func (s *Server) Reconfigure(cfg ServerConfig) error {
 	s.config.Store(newServerConfig(cfg))
 	s.unlock(now)
 	return nil
+}
+
+// letIn lets in all who wait, without a slot. The lock is held.
+func (s *Server) letIn(now time.Time) {
+	if s.core.queue == nil {
+		return
+	}
+	for {
+		w, ok := s.core.queue.Pop()
+		if !ok {
+			return
+		}
+		p := w.Owner.(*permit)
+		p.waits = false
+		p.settled <- Settlement{Decision: Decision{Verb: Admitted}, Level: w.Level, Wait: now.Sub(w.Arrived)}
+	}
 }
 
 // Drain refuses all calls that come from now on with UNAVAILABLE and a pushback, but for
@@ -238,15 +267,22 @@ func (s *Server) lock() time.Time {
 	return now
 }
 
-// unlock makes known what has changed, and unlocks mu.
-func (s *Server) unlock(now time.Time) {
+// deliver tells those whose waits have ended. The lock is held.
+func (s *Server) deliver(now time.Time) {
 	for _, st := range s.core.Settled() {
 		p := st.Owner.(*permit)
+		p.waits, p.holds = false, st.Verb == Admitted
 		if st.Verb == Refused && p.tenant != nil {
 			p.tenant.giveBack(now)
 		}
 		p.settled <- st // it has room for one, and gets one
 	}
+}
+
+// unlock makes known what has changed, and unlocks mu. It may panic after that, if Changed
+// does: what is to be done about a permit is done before.
+func (s *Server) unlock(now time.Time) {
+	s.deliver(now)
 	s.gate.Publish(s.core.Verdict())
 	// One timer that fires too early now and then costs less than one that is set anew on
 	// every call.

@@ -22,10 +22,12 @@ const (
 )
 
 // median is that of the times of the last handlers of a method. It is safe for concurrent
-// use; the zero value knows of none. It takes 0.5 KiB.
+// use; the zero value knows of none. It takes 0.5 KiB. now is the time since the server was
+// made, and not that of a clock on the wall: if that were set back by an hour, a bad median
+// would be believed for as long.
 type median struct {
 	value atomic.Int64 // ns; 0: not known; what a call that arrives reads
-	last  atomic.Int64 // Unix ns of the last sample, likewise
+	last  atomic.Int64 // ns; when the last sample came, likewise
 
 	mu      sync.Mutex // guards the rest
 	n       int
@@ -33,24 +35,24 @@ type median struct {
 }
 
 // at returns the median; 0 if it is not known.
-func (m *median) at(now time.Time) time.Duration {
-	if now.UnixNano()-m.last.Load() > int64(medianAge) {
+func (m *median) at(now time.Duration) time.Duration {
+	if int64(now)-m.last.Load() > int64(medianAge) {
 		return 0
 	}
 	return time.Duration(m.value.Load())
 }
 
 // record adds a handler's time.
-func (m *median) record(now time.Time, ran time.Duration) {
+func (m *median) record(now, ran time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if now.UnixNano()-m.last.Load() > int64(medianAge) {
+	if int64(now)-m.last.Load() > int64(medianAge) {
 		m.n = 0
 		m.value.Store(0)
 	}
 	m.samples[m.n%medianSamples] = ran
 	m.n++
-	m.last.Store(now.UnixNano())
+	m.last.Store(int64(now))
 	if m.n == medianFew || m.n%medianEvery == 0 {
 		sorted := m.samples
 		known := sorted[:min(m.n, medianSamples)]

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
@@ -417,9 +418,10 @@ func TestServerReconfigure(t *testing.T) {
 // The end of a handler is told by what it says about the server.
 func TestServerResult(t *testing.T) {
 	now := time.Now()
-	m := &median{}
+	s := newServer(t, ServerConfig{})
+	m := s.methods.Of(nil, "/kv.KV/Get")
 	for range medianFew {
-		m.record(now, 10*ms)
+		m.record(now.Sub(s.born), 10*ms)
 	}
 	background := context.Background()
 	cancelled, cancel := context.WithCancel(background)
@@ -448,25 +450,110 @@ func TestServerResult(t *testing.T) {
 		{"cancelled long before the deadline", almost, nil, 20 * ms, Ignored},
 		{"late", late, nil, 20 * ms, Dropped},
 	} {
-		p := &permit{method: m, finished: true}
+		p := &permit{server: s, method: m, finished: true}
 		if got := p.result(tc.ctx, tc.err, now, tc.ran); got != tc.want {
 			t.Errorf("%s: %v, want %v", tc.name, got, tc.want)
 		}
 	}
 	// The client's own timer is a little earlier than the server's.
-	p := &permit{method: m, finished: true}
+	p := &permit{server: s, method: m, finished: true}
 	if got := p.result(almost, context.Canceled, now.Add(time.Minute-ms), 20*ms); got != Dropped {
 		t.Errorf("cancelled at the deadline: %v, want Dropped", got)
 	}
-	for _, p := range []*permit{{method: m}, {method: m, finished: true, stream: true}} {
-		if got := p.result(background, nil, now, 20*ms); got != Ignored {
-			t.Errorf("a panic, or a stream of the client's: %v, want Ignored", got)
+	// Of streams only the shorter ones tell anything, and of those of the client's messages
+	// only that they have ended, or were late.
+	for _, tc := range []struct {
+		name string
+		fed  bool
+		ctx  context.Context
+		err  error
+		ran  time.Duration
+		want Result
+	}{
+		{"ok", false, background, nil, 20 * ms, Served},
+		{"late", false, late, nil, 20 * ms, Dropped},
+		{"open for long", false, background, nil, lastingAfter, Ignored},
+		{"open for long, until its deadline", false, late, nil, lastingAfter, Ignored},
+		{"fed, ok", true, background, nil, 20 * ms, Untimed},
+		{"fed, an answer", true, background, status.Error(codes.NotFound, ""), 20 * ms, Untimed},
+		{"fed, failed", true, background, status.Error(codes.Internal, ""), 20 * ms, Ignored},
+		{"fed, cancelled", true, cancelled, nil, 20 * ms, Ignored},
+		{"fed, late", true, late, context.DeadlineExceeded, 20 * ms, Dropped},
+		{"fed, open for long, until its deadline", true, late, nil, lastingAfter, Ignored},
+	} {
+		p := &permit{server: s, method: m, finished: true, stream: true, fed: tc.fed}
+		if got := p.result(tc.ctx, tc.err, now, tc.ran); got != tc.want {
+			t.Errorf("a stream, %s: %v, want %v", tc.name, got, tc.want)
+		}
+	}
+	// What the client's messages took is not in the median.
+	m = &median{}
+	for range medianFew {
+		m.record(now.Sub(s.born), 10*ms)
+	}
+	for range 2 * medianSamples {
+		p := &permit{server: s, method: m, finished: true, stream: true, fed: true}
+		p.result(late, nil, now, 20*ms)
+	}
+	if d := m.at(now.Sub(s.born)); d != 10*ms {
+		t.Errorf("median %v, want 10 ms", d)
+	}
+}
+
+// A clock that is set back does not make an old median a new one.
+func TestServerMedianAgesBySteadyClock(t *testing.T) {
+	for _, tc := range []struct {
+		later time.Duration
+		want  Result
+	}{{medianAge / 2, Served}, {2 * medianAge, Ignored}} {
+		s := newServer(t, ServerConfig{})
+		m := s.methods.Of(nil, "/kv.KV/Get")
+		for range medianFew {
+			m.record(time.Since(s.born), 10*ms)
+		}
+		// The wall clock's part of a time that has both: 33 bits of seconds above 30 of
+		// nanoseconds (package time, type Time). The text of the time shows whether it still is.
+		now := s.born.Add(tc.later)
+		wall := (*uint64)(unsafe.Pointer(&now))
+		*wall -= 3600 << 30
+		if d := s.born.Round(0).Sub(now.Round(0)) + tc.later; d != time.Hour {
+			t.Fatalf("set back by %v", d)
+		}
+		p := &permit{server: s, method: m, finished: true}
+		// It failed at once, for all that is known, or after work, as the median says.
+		if got := p.result(context.Background(), status.Error(codes.Internal, ""), now, 20*ms); got != tc.want {
+			t.Errorf("%v later, the clock having been set back: %v, want %v", tc.later, got, tc.want)
 		}
 	}
 }
 
+// A handler that panics tells nothing of the time that its method takes.
+func TestServerPanicIsUntimed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, ServerConfig{})
+		h := hooked{Server: s}
+		for range 2 * medianSamples {
+			for _, call := range []func(context.Context, func(context.Context)) error{h.call, h.stream} {
+				if err := call(t.Context(), func(context.Context) { time.Sleep(ms); panic(errHook) }); err == nil {
+					t.Fatal("no panic")
+				}
+			}
+		}
+		for _, method := range []string{"/kv.KV/Get", "/kv.KV/Scan"} {
+			if d := s.methods.Of(nil, method).at(time.Since(s.born)); d != 0 {
+				t.Errorf("median of %s %v, want none", method, d)
+			}
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if n := s.core.flow.timed; n != 0 {
+			t.Errorf("%d timed", n)
+		}
+	})
+}
+
 func TestServerMedian(t *testing.T) {
-	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+	now := time.Hour
 	var m median
 	for i := range medianFew {
 		if d := m.at(now); d != 0 {
@@ -480,10 +567,10 @@ func TestServerMedian(t *testing.T) {
 	for range medianSamples {
 		m.record(now, 30*ms)
 	}
-	if d := m.at(now.Add(medianAge)); d != 30*ms {
+	if d := m.at(now + medianAge); d != 30*ms {
 		t.Errorf("%v, want 30 ms: the old samples are gone", d)
 	}
-	later := now.Add(medianAge + 1)
+	later := now + medianAge + 1
 	if d := m.at(later); d != 0 {
 		t.Errorf("%v, want none: nobody has called for long", d)
 	}
@@ -496,4 +583,178 @@ func TestServerMedian(t *testing.T) {
 	if d := m.at(later); d != ms {
 		t.Errorf("%v, want 1 ms, as of the new samples", d)
 	}
+}
+
+// In shadow a call whose handler ends while the call would still wait is not one that the
+// server would have refused; only one whose client has gone is.
+func TestServerShadowWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := staticServer(1, 10)
+		cfg.Shadow = true
+		var mu sync.Mutex
+		var events []ServerEvent
+		cfg.Report = func(_ context.Context, e ServerEvent) {
+			mu.Lock()
+			defer mu.Unlock()
+			events = append(events, e)
+		}
+		s := newServer(t, cfg)
+		unary, info := s.UnaryServerInterceptor(), &grpc.UnaryServerInfo{FullMethod: "/kv.KV/Get"}
+		call := func(ctx context.Context, took time.Duration) {
+			_, _ = unary(ctx, nil, info, func(ctx context.Context, _ any) (any, error) { time.Sleep(took); return nil, nil })
+		}
+		var wg sync.WaitGroup
+		// The first has the slot; the others are done before it gives it back, one at a time.
+		for _, took := range []time.Duration{16 * ms, 11 * ms, 12 * ms, 13 * ms, 14 * ms, 15 * ms} {
+			wg.Go(func() { call(t.Context(), took) })
+			synctest.Wait()
+		}
+		wg.Wait()
+		for i, e := range events {
+			want := ServerEvent{Method: "/kv.KV/Get", Admitted: true, Shadow: true}
+			if i > 0 {
+				want.Wait = time.Duration(10+i) * ms
+			}
+			if e != want {
+				t.Errorf("event %d: %+v\nwant %+v", i, e, want)
+			}
+		}
+		if st := s.Stats(); len(events) != 6 || st.Admitted != 6 || st.Refused != 0 || st.InFlight != 0 || st.Queued != 0 {
+			t.Errorf("%d events, %+v", len(events), st)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 5*ms)
+		defer cancel()
+		wg.Go(func() { call(t.Context(), 16*ms) })
+		synctest.Wait()
+		wg.Go(func() { call(withoutDeadline{ctx}, 10*ms) })
+		wg.Wait()
+		if e := events[len(events)-1]; e.Reason != ClientGone || e.Admitted || e.Wait != 10*ms {
+			t.Errorf("%+v, want that its client has gone", e)
+		}
+	})
+}
+
+// withoutDeadline is a context whose deadline nobody knows.
+type withoutDeadline struct{ context.Context }
+
+func (withoutDeadline) Deadline() (time.Time, bool) { return time.Time{}, false }
+
+// Put into shadow, a server lets in those who wait already, at once. Put back, and into it
+// again, it does that again, and it does not take those who waited in shadow for others.
+func TestServerShadowReachesThoseWhoWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := staticServer(1, 100)
+		cfg.Queue.MaxWait, cfg.Queue.Target = time.Second, time.Second
+		s := newServer(t, cfg)
+		client, f := dial(t, s)
+		var wg sync.WaitGroup
+		call := func(n int) {
+			for range n {
+				wg.Go(func() {
+					if _, err := client.Get(t.Context(), &kvpb.Request{Id: 10_000}); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			synctest.Wait()
+		}
+		put := func(shadow, queue bool, started int64, queued int) {
+			t.Helper()
+			c := cfg
+			c.Shadow = shadow
+			if !queue {
+				c.Queue = nil
+			}
+			if err := s.Reconfigure(c); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+			if n, st := f.Backends[0].Started.Load(), s.Stats(); n != started || st.Queued != queued {
+				t.Errorf("%d handlers run, %d wait; want %d, %d", n, st.Queued, started, queued)
+			}
+		}
+		call(4)
+		put(false, true, 1, 3)
+		put(true, true, 4, 0)
+		call(2)
+		put(true, true, 6, 2) // as if they waited
+		put(false, true, 6, 2)
+		call(3)
+		put(true, false, 9, 0) // though there is no queue any more
+		wg.Wait()
+		if st := s.Stats(); st.InFlight != 0 || st.Queued != 0 || st.Admitted+st.Refused != 9 {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+// A call that looked at the configuration before the server was put into shadow, and
+// arrives after that, does not wait for the sake of the old one.
+func TestServerShadowOnArrival(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := staticServer(1, 100)
+		s := newServer(t, cfg)
+		go func() {
+			_, _ = s.UnaryServerInterceptor()(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: "/kv.KV/Get"},
+				func(context.Context, any) (any, error) { time.Sleep(time.Second); return nil, nil })
+		}()
+		synctest.Wait()
+		p := &permit{server: s, cfg: s.config.Load()}
+		cfg.Shadow = true
+		if err := s.Reconfigure(cfg); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		if _, err := p.admit(t.Context(), "/kv.KV/Get"); err != nil || time.Since(begin) != 0 {
+			t.Errorf("%v after %v", err, time.Since(begin))
+		}
+		p.end(t.Context(), nil)
+		time.Sleep(2 * time.Second)
+		if st := s.Stats(); st.InFlight != 0 || st.Queued != 0 {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+// lateContext is one whose timer is late, as that of a busy machine may be: its deadline has
+// passed, and it does not say so yet.
+type lateContext struct {
+	context.Context
+	deadline time.Time
+}
+
+func (c lateContext) Deadline() (time.Time, bool) { return c.deadline, true }
+
+// Of a call that waits until its deadline the client has gone, whichever timer is the first
+// to say so: it is no refusal for overload.
+func TestServerWaitsUntilDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		info := &grpc.UnaryServerInfo{FullMethod: "/kv.KV/Get"}
+		for i := range 100 {
+			for _, timer := range []time.Duration{-time.Nanosecond, time.Nanosecond} { // the context's, beside the core's
+				s := newServer(t, staticServer(1, 10)) // one that does not know yet what is hopeless
+				unary := s.UnaryServerInterceptor()
+				go func() {
+					_, _ = unary(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: "/kv.KV/Put"},
+						func(context.Context, any) (any, error) { time.Sleep(200 * ms); return nil, nil })
+				}()
+				synctest.Wait()
+				patience := time.Duration(1+i/2) * ms
+				deadline := time.Now().Add(patience)
+				ctx, cancel := context.WithTimeout(t.Context(), patience+timer)
+				_, err := unary(lateContext{ctx, deadline}, nil, info, func(context.Context, any) (any, error) {
+					t.Error("its handler runs")
+					return nil, nil
+				})
+				if status.Code(err) != codes.DeadlineExceeded || errors.Is(err, ErrQueueTimeout) || time.Until(deadline) > 1 {
+					t.Errorf("%v, %v before its deadline", err, time.Until(deadline))
+				}
+				cancel()
+				time.Sleep(time.Second)
+				if n := s.refused[ClientGone].Load(); n != 1 || s.Stats().InFlight != 0 {
+					t.Errorf("%d clients gone, %+v", n, s.Stats())
+				}
+			}
+		}
+	})
 }

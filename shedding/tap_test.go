@@ -214,3 +214,24 @@ func byteSize(n int) string {
 	}
 	return "16KiB"
 }
+
+// When the timer fires, what the tap has refused until then is in the count, though the window
+// is not over yet: else it would last for as long as that of a server that hardly anybody calls.
+func TestTimerReportsTap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t, ServerConfig{Queue: &QueueConfig{}})
+		s.unlock(s.lock())
+		s.core.Tick(time.Now())
+		s.gate.Publish(verdict(levels, ms))
+		for range fewArrivals {
+			if _, err := s.TapHandle(context.Background(), &tap.Info{FullMethodName: "/kv.KV/Get"}); err == nil {
+				t.Fatal("not refused")
+			}
+		}
+		time.Sleep(interval / 2)
+		s.tick()
+		if n := s.core.flow.arrivals; n != fewArrivals {
+			t.Errorf("%d arrivals, want %d", n, fewArrivals)
+		}
+	})
+}

@@ -18,7 +18,7 @@ type TenantsConfig struct {
 	// it, are one tenant. No default.
 	MetadataKey string
 
-	// PerSecond is how many calls of each tenant are let in in the long run, in [0, 1e9].
+	// PerSecond is how many calls of each tenant are let in in the long run, in [0.001, 1e9].
 	// What is beyond is refused with RESOURCE_EXHAUSTED, TENANT_QUOTA. Default 0: there is
 	// no quota, only fair shares.
 	PerSecond float64
@@ -35,6 +35,9 @@ type TenantsConfig struct {
 
 const (
 	maxTenants = 1_000_000
+	// minTenantRate is one call in a quarter of an hour. With less, the time until the next
+	// call would be longer than a pushback can say (24 days), in the end longer than a Duration.
+	minTenantRate = 0.001
 	// tenantIdle is how long a tenant is remembered. With Max tenants at once, one who makes up
 	// names gets Max/10 new buckets a second, and not one for every call.
 	tenantIdle = 10 * time.Second
@@ -59,8 +62,8 @@ func (c TenantsConfig) Validate() error {
 		errs = append(errs, fmt.Errorf("shedding: tenants metadataKey %q, want one or more of a-z, 0-9, '-', '_', '.', and not \"grpc-...\"", c.MetadataKey))
 	}
 	// Written so that NaN is a fault too.
-	if !(c.PerSecond >= 0 && c.PerSecond <= maxPerSecond) {
-		errs = append(errs, fmt.Errorf("shedding: tenants perSecond %v, want [0, %d]", c.PerSecond, int(maxPerSecond)))
+	if !(c.PerSecond == 0 || c.PerSecond >= minTenantRate && c.PerSecond <= maxPerSecond) {
+		errs = append(errs, fmt.Errorf("shedding: tenants perSecond %v, want [%v, %d], or 0 for no quota", c.PerSecond, minTenantRate, int(maxPerSecond)))
 	}
 	if c.Burst < 0 || c.Burst > maxBurst {
 		errs = append(errs, fmt.Errorf("shedding: tenants burst %d, want [1, %d], or 0 for the default", c.Burst, maxBurst))
@@ -114,7 +117,7 @@ func (c TenantsConfig) limit() rate.Limit {
 type tenants struct {
 	cfg  TenantsConfig
 	byID map[string]*tenant
-	used list.List // of *tenant, by their latest call; the latest in front
+	used list.List // of *tenant, by when they last called, or were kept; the latest in front
 	rest *tenant   // all beyond Max; not in byID
 
 	share  float64   // w, calls/s; 0: not known yet
@@ -139,8 +142,12 @@ func newTenants(cfg TenantsConfig) *tenants {
 }
 
 func (t *tenants) newTenant(id string) *tenant {
-	return &tenant{id: id, bucket: rate.NewLimiter(t.cfg.limit(), t.cfg.Burst), fair: fairLeast}
+	// It may be one that was forgotten, which is not to cost it anything.
+	return &tenant{id: id, bucket: rate.NewLimiter(t.cfg.limit(), t.cfg.Burst), fair: t.mostFair()}
 }
+
+// mostFair is how many calls may come at once within a share.
+func (t *tenants) mostFair() float64 { return max(fairBurst*t.share, fairLeast) }
 
 func (t *tenants) len() int { return len(t.byID) }
 
@@ -169,8 +176,13 @@ func (t *tenants) of(now time.Time, id string) *tenant {
 			break
 		}
 		e := oldest.Value.(*tenant)
-		if now.Sub(e.last) < tenantIdle || e.bucket.TokensAt(now) < float64(t.cfg.Burst) {
+		if now.Sub(e.last) < tenantIdle {
 			break
+		}
+		if e.bucket.TokensAt(now) < float64(t.cfg.Burst) {
+			// It is kept, and must not keep those that come behind it.
+			t.used.MoveToFront(oldest)
+			continue
 		}
 		t.forget(e)
 	}
@@ -199,16 +211,19 @@ func (t *tenants) forget(e *tenant) {
 // calls/s (0: not known).
 func (t *tenants) take(now time.Time, id string, capacity float64) (e *tenant, ok, over bool, wait time.Duration) {
 	e = t.of(now, id)
-	since := now.Sub(e.last)
+	if t.share > 0 {
+		// Also for a call that is refused: it takes nothing of the share, and the time until
+		// it is as good as any.
+		e.fair = min(e.fair+t.share*now.Sub(e.last).Seconds(), t.mostFair())
+	}
 	e.last = now
 	if !e.bucket.AllowN(now, 1) {
 		missing := (1 - e.bucket.TokensAt(now)) / t.cfg.PerSecond
-		return e, false, false, time.Duration(math.Ceil(missing * float64(time.Second)))
+		return e, false, false, time.Duration(math.Ceil(min(missing, 1/minTenantRate) * float64(time.Second)))
 	}
 	t.roll(now, capacity)
 	t.calls++
 	if t.share > 0 {
-		e.fair = min(e.fair+t.share*since.Seconds(), max(fairBurst*t.share, fairLeast))
 		if e.fair < 1 {
 			return e, true, true, 0
 		}

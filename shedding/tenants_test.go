@@ -3,6 +3,7 @@ package shedding
 import (
 	"context"
 	"fmt"
+	"math"
 	"runtime"
 	"strings"
 	"testing"
@@ -230,4 +231,101 @@ func TestServerTenants(t *testing.T) {
 		cancel()
 		synctest.Wait()
 	})
+}
+
+// One tenant in debt, who is not forgotten, keeps no idle one in memory; nor do many.
+func TestTenantInDebtKeepsNobody(t *testing.T) {
+	for _, debtors := range []int{1, 30} {
+		n := newTenants(TenantsConfig{MetadataKey: "t", PerSecond: 1, Burst: 10_000, Max: 100})
+		for i := range debtors {
+			for range 10_000 {
+				n.take(simEpoch, fmt.Sprint("heavy", i), 0)
+			}
+		}
+		for i := range 100 - debtors {
+			n.take(simEpoch, fmt.Sprint(i), 0)
+		}
+		at, strangers := simEpoch.Add(time.Hour), 0
+		for i := range 30 {
+			e, ok, _, _ := n.take(at, fmt.Sprint("new", i), 0)
+			if !ok || n.used.Len() != n.len() {
+				t.Fatalf("%v, %d in the list of %d", ok, n.used.Len(), n.len())
+			}
+			if e == n.rest {
+				strangers++
+			}
+		}
+		// Two are looked at on each call.
+		if most := debtors / 2; strangers > most {
+			t.Errorf("%d in debt: %d of 30 new tenants share the bucket of the rest, want %d at most", debtors, strangers, most)
+		}
+		for i := range debtors {
+			if _, _, _, _ = n.take(at, fmt.Sprint("heavy", i), 0); n.byID[fmt.Sprint("heavy", i)].bucket.TokensAt(at) > 3600 {
+				t.Errorf("one in debt was forgotten")
+			}
+		}
+	}
+}
+
+// What the quota refuses takes nothing of the share: whoever is held to half of its share is
+// never over it.
+func TestTenantQuotaLeavesShare(t *testing.T) {
+	n := newTenants(TenantsConfig{MetadataKey: "t", PerSecond: 100, Burst: 10})
+	now, let := simEpoch, 0
+	for range 10_000 {
+		n.share = 200
+		if _, ok, over, _ := n.take(now, "a", 0); ok {
+			if let++; over {
+				t.Fatalf("over the share after %v, at 100 calls/s of 200", now.Sub(simEpoch))
+			}
+		}
+		now = now.Add(ms)
+	}
+	if let < 1000 || let > 1011 {
+		t.Errorf("%d let through in 10 s, want 1010", let)
+	}
+}
+
+// However little there is of anything, the share stays within bounds from which it comes back.
+func TestTenantShareBounds(t *testing.T) {
+	const capacity = 800
+	n := newTenants(TenantsConfig{MetadataKey: "t", Max: 1_000_000})
+	now := simEpoch
+	for range 600 { // a minute of one tenant at 10/s
+		n.take(now, "a", capacity)
+		now = now.Add(100 * ms)
+	}
+	if want := fairLoad * capacity; n.share != want {
+		t.Errorf("share %v where there is little to share, want all: %v", n.share, want)
+	}
+	for i := range 60_000 { // a minute of 1000 new tenants/s, all within their shares
+		n.take(now, fmt.Sprint(i), 1)
+		now = now.Add(ms)
+	}
+	if least := fairLoad * 1 / maxTenants; n.share < least*(1-1e-9) || n.share > 1e-3 {
+		t.Errorf("share %v where there are too many, want %v at least", n.share, least)
+	}
+}
+
+// The time until there is a token again can be told, however rare they are; rates of which it
+// could not are faults.
+func TestTenantRareTokens(t *testing.T) {
+	for _, rate := range []float64{1e-12, 4e-7, 0.00099, -1, math.NaN(), math.Inf(1), 2e9} {
+		err := TenantsConfig{MetadataKey: "t", PerSecond: rate}.Validate()
+		if err == nil || !strings.Contains(err.Error(), fmt.Sprint("perSecond ", rate, ", want [0.001, 1000000000]")) {
+			t.Errorf("%v: %v", rate, err)
+		}
+	}
+	for _, rate := range []float64{0, 0.001, 1e9} {
+		if err := (TenantsConfig{MetadataKey: "t", PerSecond: rate}).Validate(); err != nil {
+			t.Errorf("%v: %v", rate, err)
+		}
+	}
+	for _, rate := range []float64{0.001, 1e-12} { // the second is none that NewServer would take
+		n := newTenants(TenantsConfig{MetadataKey: "t", PerSecond: rate})
+		n.take(simEpoch, "a", 0)
+		if _, ok, _, wait := n.take(simEpoch, "a", 0); ok || wait != 1000*time.Second {
+			t.Errorf("%v/s: %v, %v, want 1000 s", rate, ok, wait)
+		}
+	}
 }
