@@ -17,8 +17,10 @@
 package bobtail
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 
@@ -121,6 +123,15 @@ func (c *Client) DialOptions() []grpc.DialOption {
 // to grpc (waitForReady, healthCheckConfig and the message size limits), or if it ties a
 // method while the policy of [NewClient] tied none.
 func (c *Client) Update(p Policy) error {
+	if err := c.update(p); err != nil {
+		return err
+	}
+	c.log.Log(context.Background(), slog.LevelInfo, "bobtail: policy updated", "methodConfigs", len(p.entries))
+	return nil
+}
+
+// update is Update without a record.
+func (c *Client) update(p Policy) error {
 	var errs []error
 	if was, is := c.dialed.balancer(), p.balancer(); was != is {
 		errs = append(errs, fmt.Errorf("bobtail: update: loadBalancingConfig %s, want %s: it is fixed when a connection is dialed", is, was))

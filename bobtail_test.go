@@ -448,7 +448,7 @@ func TestWarnings(t *testing.T) {
 		if err := c.Update(policy(t, tc.text)); err != nil {
 			t.Fatal(err)
 		}
-		if n := strings.Count(log.String(), "level="); n != min(len(tc.want), 1) || !strings.Contains(log.String(), tc.want) {
+		if n := strings.Count(log.String(), "level=WARN"); n != min(len(tc.want), 1) || !strings.Contains(log.String(), tc.want) {
 			t.Errorf("%s: logged %q, want %q once", tc.text, log.String(), tc.want)
 		}
 	}

@@ -22,9 +22,40 @@ type guard struct {
 	shadow   bool // refuse nobody, tell whom it would have been
 	bulkhead *shedding.Bulkhead
 	rate     *shedding.RateLimit
-	throttle *breaker.Throttle
+	throttle *throttles
 	breaker  *breaker.Breaker
 	report   func(context.Context, Refusal)
+}
+
+// throttles is a method's adaptive throttle for each class of criticality: a server that
+// refuses all that is sheddable, to serve all that is critical, would be throttled for both by
+// one. The SRE book has it so ("Handling Overload": "we keep separate stats for each
+// criticality").
+type throttles [shedding.CriticalPlus - shedding.Sheddable + 1]*breaker.Throttle
+
+func newThrottles(cfg breaker.ThrottleConfig, now time.Time) (*throttles, error) {
+	var all throttles
+	for i := range all {
+		var err error
+		if all[i], err = breaker.NewThrottle(cfg, now); err != nil {
+			return nil, err
+		}
+	}
+	return &all, nil
+}
+
+// of returns the throttle of the calls that are made under ctx.
+func (t *throttles) of(ctx context.Context) *breaker.Throttle {
+	return t[shedding.OutgoingCriticality(ctx)-shedding.Sheddable]
+}
+
+// probability is the highest that any class is refused with.
+func (t *throttles) probability(now time.Time) float64 {
+	var p float64
+	for _, class := range t {
+		p = max(p, class.Probability(now))
+	}
+	return p
 }
 
 // Refusal is a call that was refused before anything of it was sent.
@@ -43,11 +74,11 @@ type Refusal struct {
 
 // pass is what a call holds that the guard has let in. It is given back by leave.
 type pass struct {
-	guard   *guard
-	permit  breaker.Permit
-	counted bool // by the throttle
-	held    bool // a place of the bulkhead
-	asked   bool // permit is the breaker's
+	guard    *guard
+	permit   breaker.Permit
+	throttle *breaker.Throttle // which counts the call; may be nil
+	held     bool              // a place of the bulkhead
+	asked    bool              // permit is the breaker's
 }
 
 // enter lets a call in, or returns the error to refuse it with. The bulkhead comes first: its
@@ -90,8 +121,9 @@ func (g *guard) fill(ctx context.Context, p *pass) error {
 		}
 	}
 	if g.throttle != nil {
-		if err := g.throttle.Admit(time.Now(), rand.Float64()); err == nil {
-			p.counted = true
+		t := g.throttle.of(ctx)
+		if err := t.Admit(time.Now(), rand.Float64()); err == nil {
+			p.throttle = t
 		} else if err := g.refuse(ctx, err); err != nil {
 			return err
 		}
@@ -133,8 +165,8 @@ func (p *pass) leave(err error) {
 	if p.held {
 		p.guard.bulkhead.Leave()
 	}
-	if p.counted {
-		p.guard.throttle.Record(time.Now(), err)
+	if p.throttle != nil {
+		p.throttle.Record(time.Now(), err)
 	}
 	if p.asked {
 		p.permit.Done(err)
@@ -190,7 +222,7 @@ func (k *kept) guard(c *Client, target string, m *method, e *entry, name string)
 		if k.throttle == nil || k.throttleOf != *e.throttling {
 			cfg := *e.throttling
 			cfg.Method = name
-			t, err := breaker.NewThrottle(cfg, time.Now())
+			t, err := newThrottles(cfg, time.Now())
 			if err != nil {
 				return err
 			}

@@ -2,7 +2,6 @@ package bobtail
 
 import (
 	"context"
-	"io"
 	"log/slog"
 
 	"github.com/bobtail-rpc/bobtail/hedging"
@@ -17,7 +16,7 @@ import (
 type Option func(*options)
 
 type options struct {
-	log            *slog.Logger
+	log            *logger
 	hedgeReports   func(context.Context, hedging.Report)
 	retryReports   func(context.Context, retry.Report)
 	refusalReports func(context.Context, Refusal)
@@ -26,6 +25,7 @@ type options struct {
 	tracers          telemetry.TracerProvider // nil: the global one
 	meters           telemetry.MeterProvider  // likewise
 	withoutTelemetry bool
+	byEndpoint       bool
 
 	serverReports func(context.Context, shedding.ServerEvent)
 	withoutTap    bool
@@ -33,21 +33,22 @@ type options struct {
 }
 
 func newOptions(opts []Option) options {
-	o := options{log: slog.Default()}
+	o := options{log: newLogger(slog.Default())}
 	for _, f := range opts {
 		f(&o)
 	}
 	return o
 }
 
-// WithLogger sends the client's few log records, told once each at a change of
-// state, to l. The default is [slog.Default]; nil is none.
+// WithLogger sends the few log records of a client or server to l. They are told at changes
+// of state only, and of each kind and subject at most one in 10 s; docs/telemetry.md lists
+// them. The default is [slog.Default]; nil is none.
 func WithLogger(l *slog.Logger) Option {
 	return func(o *options) {
 		if l == nil {
-			l = slog.New(slog.NewTextHandler(io.Discard, nil))
+			l = slog.New(slog.DiscardHandler)
 		}
-		o.log = l
+		o.log = newLogger(l)
 	}
 }
 

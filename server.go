@@ -1,8 +1,10 @@
 package bobtail
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -11,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/tap"
 
+	"github.com/bobtail-rpc/bobtail/internal/telemetry"
 	"github.com/bobtail-rpc/bobtail/loadbalance"
 	"github.com/bobtail-rpc/bobtail/shedding"
 )
@@ -33,6 +36,8 @@ type Server struct {
 	admitUnary  grpc.UnaryServerInterceptor
 	admitStream grpc.StreamServerInterceptor
 	load        *loadbalance.ServerLoad // nil: no load report
+	telemetry   *telemetry.Server       // nil: without
+	limits      limits
 
 	mu sync.Mutex // serialises Update
 	// current is what mode and exempt methods are read from. An atomic because every call
@@ -47,13 +52,18 @@ type Server struct {
 
 // serving is what of a policy a call looks at before admission does.
 type serving struct {
-	off    bool
-	exempt map[string]bool // "/service/method", and "/service/" for all of one
+	off bool
+	// silent is set in mode off: nobody is told of anything.
+	silent  bool
+	capped  bool // what an exempt call claims is of interest, too
+	tenants bool
+	exempt  map[string]bool // "/service/method", and "/service/" for all of one
 }
 
 // NewServer returns a Server with the given policy.
 func NewServer(p ServerPolicy, opts ...Option) (*Server, error) {
 	s := &Server{options: newOptions(opts)}
+	s.observe()
 	var err error
 	if s.admission, err = shedding.NewServer(s.config(p)); err != nil {
 		return nil, err
@@ -64,6 +74,7 @@ func NewServer(p ServerPolicy, opts ...Option) (*Server, error) {
 		s.load = loadbalance.NewServerLoad()
 	}
 	s.current.Store(newServing(p))
+	s.watch()
 	return s, nil
 }
 
@@ -73,6 +84,7 @@ func (s *Server) config(p ServerPolicy) shedding.ServerConfig {
 	c.Shadow = p.mode == modeShadow || p.mode == modeOff
 	if p.mode != modeOff {
 		c.Report = s.serverReports
+		c.Changed = func(e shedding.Event) { s.changed(e, c.Shadow) }
 	}
 	return c
 }
@@ -81,7 +93,10 @@ func newServing(p ServerPolicy) *serving {
 	v := &serving{
 		// What callers may claim is no load shedding, and others behind this server rely on
 		// it. So with such a cap, off is a shadow that tells nothing.
-		off: p.mode == modeOff && p.admission.MaxCriticality == nil,
+		off:     p.mode == modeOff && p.admission.MaxCriticality == nil,
+		silent:  p.mode == modeOff,
+		capped:  p.admission.MaxCriticality != nil,
+		tenants: p.admission.Tenants != nil,
 		// What package shedding exempts, whatever the policy says.
 		exempt: map[string]bool{
 			"/grpc.health.v1.Health/":              true,
@@ -159,26 +174,38 @@ func (s *Server) passes() bool { return s.current.Load().off && !s.draining.Load
 
 // unary is the interceptor of unary calls.
 func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	if s.current.Load().exempts(info.FullMethod) {
+	if v := s.current.Load(); v.exempts(info.FullMethod) {
+		if v.capped {
+			return s.admitUnary(ctx, req, info, handler)
+		}
 		return handler(ctx, req)
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)
 	if s.passes() {
 		return handler(ctx, req)
+	}
+	if s.measures(ctx) {
+		return s.measureUnary(ctx, req, info, handler)
 	}
 	return s.admitUnary(ctx, req, info, handler)
 }
 
 // stream is the interceptor of streams.
 func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	if s.current.Load().exempts(info.FullMethod) {
+	if v := s.current.Load(); v.exempts(info.FullMethod) {
+		if v.capped {
+			return s.admitStream(srv, ss, info, handler)
+		}
 		return handler(srv, ss)
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)
 	if s.passes() {
 		return handler(srv, ss)
+	}
+	if s.measures(ss.Context()) {
+		return s.measureStream(srv, ss, info, handler)
 	}
 	return s.admitStream(srv, ss, info, handler)
 }
@@ -193,6 +220,14 @@ func (s *Server) Update(p ServerPolicy) error {
 	if is := s.load != nil; p.loadReport != is {
 		return fmt.Errorf("bobtail: update: loadReport %v, want %v: it is fixed when a server is made", p.loadReport, is)
 	}
+	if err := s.update(p); err != nil {
+		return err
+	}
+	s.log.Log(context.Background(), slog.LevelInfo, "bobtail: server: policy updated", "mode", string(cmp.Or(p.mode, modeOn)))
+	return nil
+}
+
+func (s *Server) update(p ServerPolicy) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.admission.Reconfigure(s.config(p)); err != nil {

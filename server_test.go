@@ -178,6 +178,42 @@ func TestServerExempt(t *testing.T) {
 	})
 }
 
+// What an edge lets callers claim holds for exempt methods, too: the calls that these make
+// are not exempt.
+func TestServerExemptIsCapped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := newServer(t, `{"exempt": ["/kv.KV/*"], "maxCriticality": "sheddable"}`)
+		var unary, stream shedding.Criticality
+		of := func(ctx context.Context) shedding.Criticality {
+			return shedding.OutgoingCriticality(shedding.PropagateCriticality(ctx))
+		}
+		opts := append(server.ServerOptions(),
+			grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+				unary = of(ctx)
+				return handler(ctx, req)
+			}),
+			grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+				stream = of(ss.Context())
+				return handler(srv, ss)
+			}))
+		kv := kvpb.NewKVClient(bare(grpctest.NewFleet(t, 1, slow, opts...)))
+		ctx := shedding.WithCriticality(t.Context(), shedding.CriticalPlus)
+		if err := getFrom(kv)(ctx); err != nil {
+			t.Fatal(err)
+		}
+		s, err := kv.Scan(ctx, &kvpb.Request{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for err == nil {
+			_, err = s.Recv()
+		}
+		if unary != shedding.Sheddable || stream != shedding.Sheddable {
+			t.Errorf("the calls of exempt methods are %v and %v, want sheddable", unary, stream)
+		}
+	})
+}
+
 // Options add to those of the user's: his interceptors run, before ours or after as they
 // were given, and ours refuse before his later ones see a call.
 func TestServerOptionsAdd(t *testing.T) {

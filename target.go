@@ -1,7 +1,9 @@
 package bobtail
 
 import (
+	"context"
 	"errors"
+	"log/slog"
 	"maps"
 	"strings"
 	"sync"
@@ -60,7 +62,7 @@ type kept struct {
 
 	breaker    *breaker.Breaker
 	breakerOf  *breaker.Config
-	throttle   *breaker.Throttle
+	throttle   *throttles
 	throttleOf breaker.ThrottleConfig
 	rate       *shedding.RateLimit
 	rateOf     shedding.RateLimitConfig
@@ -135,7 +137,7 @@ func (c *Client) learn(t *target, name string) *method {
 			t.mu.Unlock()
 			// The document was checked against the same bounds, so this is a bug of
 			// ours: no extra attempts rather than unbounded ones.
-			c.log.Error("bobtail: the policy is not in force", "error", err)
+			c.log.Log(context.Background(), slog.LevelError, "bobtail: the policy is not in force", "target", t.name, "error", err)
 			return &method{}
 		}
 		tab = &table{policy: p}
@@ -222,7 +224,7 @@ func (t *target) compile(c *Client, p *Policy, name string, room bool) (m *metho
 	if errs != nil {
 		// The document was checked against the same bounds, so this is a bug of
 		// ours; the caller's call must not pay for it.
-		c.log.Error("bobtail: part of the policy is not in force", "method", name, "error", errs)
+		c.log.Log(context.Background(), slog.LevelError, "bobtail: part of the policy is not in force", "target", t.name, "method", name, "error", errs)
 	}
 	return m, skipped
 }

@@ -25,9 +25,18 @@ import (
 
 // WithTracerProvider has the spans of calls and attempts made by p, which is a
 // trace.TracerProvider of go.opentelemetry.io/otel. The default is the global one
-// (otel.GetTracerProvider), also if it is installed later; docs/telemetry.md has the names.
+// (otel.GetTracerProvider), also if it is installed later; docs/telemetry.md has the names. A
+// server makes no spans: it annotates those that it finds, whoever made them.
 func WithTracerProvider(p telemetry.TracerProvider) Option {
 	return func(o *options) { o.tracers = p }
+}
+
+// WithEndpointMetrics has a client count its attempts by the endpoint that they are sent to
+// (bobtail.client.endpoint.attempts), of at most 1000 endpoints: others share one series. It
+// is not the default because of these series, and because it costs each call that is neither
+// hedged nor retried a few allocations. A server has no use for it.
+func WithEndpointMetrics() Option {
+	return func(o *options) { o.byEndpoint = true }
 }
 
 // WithMeterProvider has metrics recorded by p, which is a metric.MeterProvider of
@@ -48,7 +57,7 @@ func (c *Client) observe() {
 	if c.withoutTelemetry {
 		return
 	}
-	t, err := telemetry.New(c.tracers, c.meters)
+	t, err := telemetry.New(c.tracers, c.meters, c.byEndpoint)
 	if err != nil {
 		c.log.Error("bobtail: some metrics are not recorded", "error", err)
 	}
@@ -112,11 +121,19 @@ func (c *Client) gauges(g telemetry.Gauges) {
 	now := time.Now()
 	for _, t := range *c.targets.Load() {
 		var budget *retry.Budget
-		for _, m := range t.table.Load().methods {
+		tab := t.table.Load()
+		share := 1.0 // of the calls that may be hedged
+		if tab.policy != nil && tab.policy.extraLoad != nil {
+			share = tab.policy.extraLoad.Max
+		}
+		for _, m := range tab.methods {
 			budget = m.budget
 			if m.hedger != nil {
 				if d, ok := m.hedger.Delay(now); ok {
 					g.HedgingDelay(m.telemetry, d)
+				}
+				if e, ok := m.hedger.Estimate(now, share); ok {
+					g.HedgingP99(m.telemetry, e.Unhedged, e.Hedged)
 				}
 			}
 			if m.guard == nil {
@@ -126,7 +143,7 @@ func (c *Client) gauges(g telemetry.Gauges) {
 				g.Breaker(m.telemetry, breakerState(b.State()))
 			}
 			if th := m.guard.throttle; th != nil {
-				g.Throttle(m.telemetry, th.Probability(now))
+				g.Throttle(m.telemetry, th.probability(now))
 			}
 		}
 		if budget != nil {
@@ -210,8 +227,8 @@ func described(err error) (codes.Code, string) {
 }
 
 // begin begins the attempt that runs under ctx. A call that is neither hedged nor retried
-// has no attempt.Attempt, and makes one attempt.
-func (o *observed) begin(ctx context.Context, method string) (context.Context, *attempt.Attempt, telemetry.Attempt) {
+// has no attempt.Attempt, but for one made here, and makes one attempt.
+func (o *observed) begin(ctx context.Context, method string, streaming bool) (context.Context, *attempt.Attempt, telemetry.Attempt) {
 	number, kind := 1, telemetry.First
 	a := attempt.FromContext(ctx)
 	if a != nil && !a.Of(method) {
@@ -227,6 +244,16 @@ func (o *observed) begin(ctx context.Context, method string) (context.Context, *
 		case a.Kind == attempt.Retry:
 			kind = telemetry.Retry
 		}
+	} else if o.ByEndpoint() {
+		// One that has no other use than that the balancer says where it sends it.
+		only := &struct {
+			call    attempt.Call
+			attempt attempt.Attempt
+		}{call: attempt.Call{Method: method}}
+		a = &only.attempt
+		a.Init(&only.call, 1, attempt.First)
+		a.Streaming = streaming
+		ctx = attempt.NewContext(ctx, a)
 	}
 	ctx, t := o.Attempt(ctx, number, kind)
 	return ctx, a, t
@@ -259,9 +286,9 @@ func sentTo(a *attempt.Attempt, p *peer.Peer) string {
 // attemptUnary is the invoker of a call that somebody looks at: it makes one attempt.
 func attemptUnary(ctx context.Context, name string, req, reply any, cc *grpc.ClientConn, opts ...grpc.CallOption) error {
 	o := observedBy(ctx)
-	under, a, t := o.begin(ctx, name)
+	under, a, t := o.begin(ctx, name, false)
 	var p *peer.Peer
-	if t.Recording() {
+	if t.Recording() || o.ByEndpoint() {
 		p = &peer.Peer{}
 		opts = append(opts[:len(opts):len(opts)], grpc.Peer(p))
 	}
@@ -278,7 +305,7 @@ func attemptUnary(ctx context.Context, name string, req, reply any, cc *grpc.Cli
 // attemptStream is attemptUnary for streams. An attempt ends with its stream.
 func attemptStream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, name string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	o := observedBy(ctx)
-	under, a, t := o.begin(ctx, name)
+	under, a, t := o.begin(ctx, name, true)
 	var once sync.Once // the end is told from several sides
 	end := func(err error) {
 		once.Do(func() {

@@ -92,7 +92,7 @@ func (f *policyFile) apply(text []byte) error {
 	if err != nil {
 		return err
 	}
-	return f.client.Update(p)
+	return f.client.update(p) // look tells of it
 }
 
 // keep tells a problem unless it is the one that was told last; text is nil if the file

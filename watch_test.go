@@ -204,7 +204,7 @@ func TestWatchBadFile(t *testing.T) {
 		}
 		w.write(timed(2))
 		w.pass(time.Minute)
-		w.inForce(2, 0, 1, "in force")
+		w.inForce(2, 0, 2, "policy updated", "in force")
 		if w.client.current.Load() == was {
 			t.Error("the content is not in force again")
 		}
@@ -323,7 +323,7 @@ func TestWatchLastWriterWins(t *testing.T) {
 		w.must(err)
 		w.must(w.client.Update(p))
 		w.pass(time.Minute)
-		w.inForce(5, 0, 0)
+		w.inForce(5, 0, 1, "policy updated")
 	})
 }
 

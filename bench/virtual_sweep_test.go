@@ -85,7 +85,7 @@ func TestVirtualSweep(t *testing.T) {
 	for _, c := range []struct {
 		policy  string
 		classes map[string]float64
-	}{{"none", nil}, {"shed", nil}, {"shed", mixed}, {"shed+client", nil}} {
+	}{{"none", nil}, {"shed", nil}, {"shed", mixed}, {"shed+client", nil}, {"shed+client", mixed}} {
 		for _, times := range []float64{0.5, 1, 2, 4, 8} {
 			if testing.Short() && (times == 4 || c.policy == "shed+client") {
 				continue
@@ -103,14 +103,16 @@ func TestVirtualSweep(t *testing.T) {
 					t.Errorf("%s: this is no overload", pointLine(p))
 				}
 			case times == 1:
-				// With classes all that wait are of the lowest, which is served last: its waits are
-				// twice as long.
-				bound := 40.0
-				if c.classes != nil {
-					bound = 70
+				// Of seeds 1 to 4, with classes, the p99 is 38.1 to 39.9 ms, and 2.4 to 3.7% are refused
+				// where chance alone refuses 1.5 to 3.1% of a load without.
+				if p.Refused > 0.03 || p.P99 == nil || *p.P99 > 40 {
+					t.Errorf("%s, want at most 3%% refused, and a p99 of at most 40 ms", pointLine(p))
 				}
-				if p.Refused > 0.03 || p.P99 == nil || *p.P99 > bound {
-					t.Errorf("%s, want at most 3%% refused, and a p99 of at most %v ms", pointLine(p), bound)
+			case c.policy == "shed+client" && c.classes != nil:
+				// The client throttles each class that is refused to about what fits, so the server sees
+				// a load that just fits: as at 1, the lowest class waits, and some of it is refused by chance.
+				if p.GoodputShare < 0.96 || p.P99 == nil || *p.P99 > 40 {
+					t.Errorf("%s, want a goodput of at least 0.96, and a p99 of at most 40 ms", pointLine(p))
 				}
 			default:
 				if p.GoodputShare < 0.98 || p.P99 == nil || *p.P99 >= 25 {
@@ -118,20 +120,24 @@ func TestVirtualSweep(t *testing.T) {
 				}
 			}
 			if c.classes != nil {
-				inOrder(t, p, c.classes)
+				leak := 0.01
+				if c.policy == "shed+client" {
+					leak = 0.03 // what the client holds back leaves gaps
+				}
+				inOrder(t, p, c.classes, leak)
 			}
 		}
 	}
 }
 
-// inOrder asserts that classes are served while they fit with those above, and not served
-// while those above do not.
-func inOrder(t *testing.T, p point, weights map[string]float64) {
+// inOrder asserts that classes are served while they fit with those above, and but for a leak
+// not served while those above do not.
+func inOrder(t *testing.T, p point, weights map[string]float64, leak float64) {
 	t.Helper()
 	var above float64 // of the capacity
 	for _, class := range []string{"critical_plus", "critical", "sheddable_plus", "sheddable"} {
 		switch share := p.Classes[class]; {
-		case above > 1.2 && share > 0.01:
+		case above > 1.2 && share > leak:
 			t.Errorf("%gx: %.4f of %s succeeds, while what is above it does not fit", p.Load, share, class)
 		case above+p.Load*weights[class] < 0.9 && share < 0.995:
 			t.Errorf("%gx: %.4f of %s succeeds, want 0.995: it fits", p.Load, share, class)

@@ -125,6 +125,9 @@ func (c *Call) Refused(reason string, shadow bool) {
 	}
 }
 
+// ByEndpoint reports whether attempts are counted by the endpoint that they are sent to.
+func (c *Call) ByEndpoint() bool { return c.m.t.endpointAttempts != nil }
+
 // Attempt is one attempt of a call under way.
 type Attempt struct {
 	call *Call
@@ -164,6 +167,9 @@ func (a Attempt) End(outcome Outcome, code codes.Code, message, backend string) 
 		outcome = Superseded
 	}
 	c.m.t.attempts.Add(c.Context, 1, c.m.attemptSet(a.kind, outcome).add...)
+	if c.ByEndpoint() && backend != "" {
+		c.m.t.endpointAttempts.Add(c.Context, 1, c.m.t.endpoint(c.m.target, backend).outcomeSet(outcome).add...)
+	}
 	if a.span == nil {
 		return
 	}

@@ -10,7 +10,7 @@ import (
 // Scope is the name of the instrumentation scope of all that bobtail records.
 const Scope = "github.com/bobtail-rpc/bobtail"
 
-// Every name that the client's telemetry uses stands in this file, with its unit, its
+// Every name that the telemetry uses stands in this file, with its unit, its
 // labels and its meaning. docs/telemetry.md is checked against it.
 
 // The labels of metrics. Method and target are those of gRFC A66.
@@ -24,6 +24,10 @@ const (
 	labelShadow  = "bobtail.shadow"
 	labelState   = "bobtail.state"
 	labelEvent   = "bobtail.event"
+
+	labelEndpoint    = "bobtail.endpoint"
+	labelHedged      = "bobtail.hedged"
+	labelCriticality = "bobtail.criticality"
 )
 
 // The attributes of spans and of their events, beside those of the semantic conventions
@@ -40,6 +44,10 @@ const (
 	attrReason   = labelReason
 	attrShadow   = labelShadow
 	attrWait     = "bobtail.backoff.wait"
+
+	attrCriticality = labelCriticality
+	attrAdmission   = "bobtail.admission"
+	attrQueueWait   = "bobtail.queue.wait"
 )
 
 // The names of the events of a logical span, and of the span of an attempt.
@@ -81,9 +89,12 @@ func Attributes() []Attribute {
 		{attrOutcome, "attempt", "string", "`won`; `superseded`: needless because of a sibling; `failed`; `refused`: by the server's admission, by a limit of this process, or for want of another backend."},
 		{attrBackend, "attempt", "string", "The addresses of the backend it was sent to; absent if it was sent nowhere, or it is not known."},
 		{attrDelay, "attempt", "double", "How long after the beginning of the call it was sent, in seconds."},
-		{attrReason, "event", "string", "Why, see below."},
-		{attrShadow, "event `refused`", "boolean", "Whether mode `shadow` let the call through all the same."},
+		{attrReason, "event, server", "string", "Why, see below. On a server's span, why the call was refused, or in mode `shadow` would have been: `" + strings.Join(admissionReasons[:], "`, `") + "`."},
+		{attrShadow, "event `refused`, server", "boolean", "Whether mode `shadow` let the call through all the same."},
 		{attrWait, "event `backoff`", "double", "How long the call waited before the next attempt, in seconds."},
+		{attrCriticality, "server", "string", "The class of the call, as admission took it: `" + strings.Join(criticalityNames[:], "`, `") + "`."},
+		{attrAdmission, "server", "string", "`admitted` or `refused`: what became of it; in mode `shadow` `admitted`, always."},
+		{attrQueueWait, "server", "double", "How long it waited for a slot, in seconds; in mode `shadow`, would have. Absent if it did not wait."},
 	}
 }
 
@@ -107,6 +118,10 @@ var (
 	hedgeReasons   = []string{"budget", "no other backend", "deadline", "pushback", "throttle", "shadow", "nested"}
 	retryReasons   = []string{"attempts", "budget", "deadline", "pushback", "throttle", "shadow", "nested"}
 	refusalReasons = []string{"BREAKER_OPEN", "THROTTLED", "RATE_LIMITED", "BULKHEAD_FULL"}
+
+	// Of a server.
+	admissionReasons = [...]string{"OVERLOADED", "QUEUE_TIMEOUT", "DEADLINE_HOPELESS", "TENANT_QUOTA", "DRAINING", "CLIENT_GONE"}
+	criticalityNames = [...]string{"sheddable", "sheddable_plus", "critical", "critical_plus"}
 )
 
 // Instrument is a metric: its name, what it is, its unit and labels, and what it means.
@@ -158,38 +173,78 @@ var (
 	metricBreaker = Instrument{"bobtail.client.breaker.state", "gauge", "1", perMethod(),
 		"0 is closed, 1 half-open, 2 open.", nil}
 	metricThrottle = Instrument{"bobtail.client.throttle.probability", "gauge", "1", perMethod(),
-		"The probability with which adaptive throttling refuses a call now, in [0, 1].", nil}
+		"The probability with which adaptive throttling refuses a call now, in [0, 1], of the class of criticality that it refuses most.", nil}
+	metricEndpoints = Instrument{"bobtail.client.endpoint.attempts", "counter", "{attempt}", []string{labelTarget, labelEndpoint, labelOutcome},
+		"Attempts that have ended, by the endpoint that they were sent to. With `bobtail.WithEndpointMetrics()` only.", nil}
+	metricP99 = Instrument{"bobtail.client.hedging.p99", "gauge", "s", perMethod(labelHedged),
+		"`false`: the 99th percentile of the attempts, which is that of the calls if none is hedged; `true`: the estimate of what hedging as configured makes of it. Absent while not known.", nil}
+)
+
+// The metrics of a server.
+var (
+	metricServed = Instrument{"bobtail.server.call.duration", "histogram", "s", []string{labelMethod, labelStatus},
+		"Time from the arrival of a call at the interceptor to the end of its handler, the wait in the queue in it; of a stream, to the end of the stream. Calls that are refused or exempt are not in it.", latencyBuckets}
+	metricQueueWait = Instrument{"bobtail.server.queue.wait", "histogram", "s", []string{labelCriticality},
+		"How long calls that had to wait for a slot waited, whatever came of it; in mode `shadow`, would have.", latencyBuckets}
+	metricServerRefusals = Instrument{"bobtail.server.refusals", "counter", "{call}", []string{labelMethod, labelReason, labelCriticality, labelShadow},
+		"Calls refused, in the tap too; with `bobtail.shadow` true, those that would have been. Reason `CLIENT_GONE` counts those whose client left while they waited.", nil}
+	metricOverloads = Instrument{"bobtail.server.overload.transitions", "counter", "{transition}", []string{labelState},
+		"Overloads that `began` and `ended`.", nil}
+	metricLimit = Instrument{"bobtail.server.limit", "gauge", "{call}", nil,
+		"How many handlers may run at once now.", nil}
+	metricInFlight = Instrument{"bobtail.server.in_flight", "gauge", "{call}", nil,
+		"How many calls hold a slot now.", nil}
+	metricQueueLength = Instrument{"bobtail.server.queue.length", "gauge", "{call}", nil,
+		"How many calls wait for a slot now.", nil}
+	metricTenants = Instrument{"bobtail.server.tenants", "gauge", "{tenant}", nil,
+		"How many tenants are remembered now. Absent without `tenants`.", nil}
 )
 
 func perMethod(more ...string) []string { return append([]string{labelMethod, labelTarget}, more...) }
 
-// Instruments lists the metrics.
+// Instruments lists the metrics of a client.
 func Instruments() []Instrument {
 	return []Instrument{metricRetries, metricHedges, metricRetryDelay, metricDuration, metricAttempts,
 		metricHedgesSuppressed, metricRetriesSuppressed, metricRefusals, metricTransitions, metricRotation,
-		metricBudget, metricDelay, metricBreaker, metricThrottle}
+		metricEndpoints, metricBudget, metricDelay, metricP99, metricBreaker, metricThrottle}
+}
+
+// ServerInstruments lists the metrics of a server.
+func ServerInstruments() []Instrument {
+	return []Instrument{metricServed, metricQueueWait, metricServerRefusals, metricOverloads,
+		metricLimit, metricInFlight, metricQueueLength, metricTenants}
 }
 
 // Table writes what this file says as the tables of docs/telemetry.md.
 func Table() string {
 	var b strings.Builder
-	b.WriteString("### Metrics\n\n| metric | type | unit | labels | meaning |\n|---|---|---|---|---|\n")
-	for _, i := range Instruments() {
-		fmt.Fprintf(&b, "| `%s` | %s | `%s` | `%s` | %s |\n", i.Name, i.Type, i.Unit, strings.Join(i.Labels, "`, `"), i.Meaning)
+	for _, of := range []struct {
+		name string
+		list []Instrument
+	}{{"Metrics of a client", Instruments()}, {"Metrics of a server", ServerInstruments()}} {
+		b.WriteString("### " + of.name + "\n\n| metric | type | unit | labels | meaning |\n|---|---|---|---|---|\n")
+		for _, i := range of.list {
+			fmt.Fprintf(&b, "| `%s` | %s | `%s` | %s | %s |\n", i.Name, i.Type, i.Unit, quoted(i.Labels), i.Meaning)
+		}
+		b.WriteString("\n")
 	}
-	b.WriteString("\n### Attributes of spans and events\n\n| attribute | on | type | meaning |\n|---|---|---|---|\n")
+	b.WriteString("### Attributes of spans and events\n\n| attribute | on | type | meaning |\n|---|---|---|---|\n")
 	for _, a := range Attributes() {
 		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", a.Name, a.On, a.Type, a.Meaning)
 	}
 	b.WriteString("\n### Events of the call's span\n\n| event | `" + attrReason + "` | meaning |\n|---|---|---|\n")
 	for _, e := range Events() {
-		reasons := ""
-		if len(e.Reasons) > 0 {
-			reasons = "`" + strings.Join(e.Reasons, "`, `") + "`"
-		}
-		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", e.Name, reasons, e.Meaning)
+		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", e.Name, quoted(e.Reasons), e.Meaning)
 	}
 	return b.String()
+}
+
+// quoted writes names as a list of code.
+func quoted(names []string) string {
+	if len(names) == 0 {
+		return ""
+	}
+	return "`" + strings.Join(names, "`, `") + "`"
 }
 
 // statusNames are the names of the status codes in the specification, by their number.

@@ -1,9 +1,10 @@
-// Package telemetry tells OpenTelemetry what a client does. It is the only importer of
-// OpenTelemetry in the library, and of its API only.
+// Package telemetry tells OpenTelemetry what a client and a server do. It is the only
+// importer of OpenTelemetry in the library, and of its API only.
 //
-// A call has one span, of kind client; each of its attempts has a child, under which the
-// spans of otelgrpc nest, if it is installed. What was not done, and why, is an event of
-// the call's span. names.go has every name.
+// A client's call has one span, of kind client; each of its attempts has a child, under
+// which the spans of otelgrpc nest, if it is installed. What was not done, and why, is an
+// event of the call's span. A server makes no spans: what it decides is told as attributes of
+// the span that others have made for the call. names.go has every name.
 //
 // A call that nobody looks at costs next to nothing: no span is started while no tracer
 // provider is installed, attribute sets are made once, and a call whose span is not recorded
@@ -54,7 +55,11 @@ type Telemetry struct {
 	attempts                           metric.Int64Counter
 	hedgesSuppressed, retriesStopped   metric.Int64Counter
 	refusals, transitions, rotation    metric.Int64Counter
+	endpointAttempts                   metric.Int64Counter // nil: not asked for
 	budget, delay, breaker, throttling metric.Float64ObservableGauge
+	p99                                metric.Float64ObservableGauge
+
+	endpoints bounded[endpointKey, *endpoint]
 
 	mu      sync.Mutex // guards methods
 	methods map[methodKey]*Method
@@ -63,9 +68,10 @@ type Telemetry struct {
 
 type methodKey struct{ target, method string }
 
-// New returns a Telemetry that tells the given providers; nil is the global one. An error
-// says which instruments the meter provider has not made: they record nothing.
-func New(tracers TracerProvider, meters MeterProvider) (*Telemetry, error) {
+// New returns a Telemetry that tells the given providers; nil is the global one. byEndpoint
+// counts attempts by endpoint as well. An error says which instruments the meter provider has
+// not made: they record nothing.
+func New(tracers TracerProvider, meters MeterProvider, byEndpoint bool) (*Telemetry, error) {
 	t := &Telemetry{methods: map[methodKey]*Method{}}
 	if tracers == nil {
 		tracers = otel.GetTracerProvider()
@@ -78,7 +84,9 @@ func New(tracers TracerProvider, meters MeterProvider) (*Telemetry, error) {
 	}
 	t.tracer = tracers.Tracer(Scope, trace.WithSchemaURL(semconv.SchemaURL))
 	t.meter = meters.Meter(Scope, metric.WithSchemaURL(semconv.SchemaURL))
-	err := t.instruments()
+	m := maker{meter: t.meter}
+	t.instruments(&m, byEndpoint)
+	err := errors.Join(m.errs...)
 	t.shared = t.newMethod(other, "", false)
 	return t, err
 }
@@ -102,36 +110,47 @@ func (t *Telemetry) metering(ctx context.Context) bool {
 	return t.duration.Enabled(ctx) || t.attempts.Enabled(ctx) || t.hedges.Enabled(ctx) || t.retries.Enabled(ctx)
 }
 
-func (t *Telemetry) instruments() error {
-	var errs []error
-	ints := func(i Instrument) metric.Int64Histogram {
-		h, err := t.meter.Int64Histogram(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Meaning), metric.WithExplicitBucketBoundaries(i.Buckets...))
-		errs = append(errs, err)
-		return h
+func (t *Telemetry) instruments(m *maker, byEndpoint bool) {
+	t.retries, t.hedges = m.counts(metricRetries), m.counts(metricHedges)
+	t.retryDelay, t.duration = m.times(metricRetryDelay), m.times(metricDuration)
+	t.attempts = m.counter(metricAttempts)
+	t.hedgesSuppressed, t.retriesStopped = m.counter(metricHedgesSuppressed), m.counter(metricRetriesSuppressed)
+	t.refusals, t.transitions, t.rotation = m.counter(metricRefusals), m.counter(metricTransitions), m.counter(metricRotation)
+	if byEndpoint {
+		t.endpointAttempts = m.counter(metricEndpoints)
 	}
-	floats := func(i Instrument) metric.Float64Histogram {
-		h, err := t.meter.Float64Histogram(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Meaning), metric.WithExplicitBucketBoundaries(i.Buckets...))
-		errs = append(errs, err)
-		return h
-	}
-	counter := func(i Instrument) metric.Int64Counter {
-		c, err := t.meter.Int64Counter(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Meaning))
-		errs = append(errs, err)
-		return c
-	}
-	gauge := func(i Instrument) metric.Float64ObservableGauge {
-		g, err := t.meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Meaning))
-		errs = append(errs, err)
-		return g
-	}
-	t.retries, t.hedges = ints(metricRetries), ints(metricHedges)
-	t.retryDelay, t.duration = floats(metricRetryDelay), floats(metricDuration)
-	t.attempts = counter(metricAttempts)
-	t.hedgesSuppressed, t.retriesStopped = counter(metricHedgesSuppressed), counter(metricRetriesSuppressed)
-	t.refusals, t.transitions, t.rotation = counter(metricRefusals), counter(metricTransitions), counter(metricRotation)
-	t.budget, t.delay = gauge(metricBudget), gauge(metricDelay)
-	t.breaker, t.throttling = gauge(metricBreaker), gauge(metricThrottle)
-	return errors.Join(errs...)
+	t.budget, t.delay, t.p99 = m.gauge(metricBudget), m.gauge(metricDelay), m.gauge(metricP99)
+	t.breaker, t.throttling = m.gauge(metricBreaker), m.gauge(metricThrottle)
+}
+
+// maker makes instruments, and keeps what went wrong.
+type maker struct {
+	meter metric.Meter
+	errs  []error
+}
+
+func (m *maker) counts(i Instrument) metric.Int64Histogram {
+	h, err := m.meter.Int64Histogram(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Meaning), metric.WithExplicitBucketBoundaries(i.Buckets...))
+	m.errs = append(m.errs, err)
+	return h
+}
+
+func (m *maker) times(i Instrument) metric.Float64Histogram {
+	h, err := m.meter.Float64Histogram(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Meaning), metric.WithExplicitBucketBoundaries(i.Buckets...))
+	m.errs = append(m.errs, err)
+	return h
+}
+
+func (m *maker) counter(i Instrument) metric.Int64Counter {
+	c, err := m.meter.Int64Counter(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Meaning))
+	m.errs = append(m.errs, err)
+	return c
+}
+
+func (m *maker) gauge(i Instrument) metric.Float64ObservableGauge {
+	g, err := m.meter.Float64ObservableGauge(i.Name, metric.WithUnit(i.Unit), metric.WithDescription(i.Meaning))
+	m.errs = append(m.errs, err)
+	return g
 }
 
 // Method is one method of one target, with its attributes prepared. A nil Method tells
@@ -140,6 +159,8 @@ type Method struct {
 	t    *Telemetry
 	own  bool   // it has series of its own, so its gauges are its own
 	name string // of its spans
+
+	target string
 	// labels are grpc.method and grpc.target; base is a set of them.
 	labels []attribute.KeyValue
 	base   *set
@@ -191,7 +212,7 @@ func (t *Telemetry) newMethod(target, method string, recognized bool) *Method {
 	if !recognized {
 		label, span, name = other, methodOther, semconv.RPCSystemNameGRPC.Value.AsString()
 	}
-	m := &Method{t: t, own: recognized, name: name}
+	m := &Method{t: t, own: recognized, name: name, target: target}
 	m.labels = []attribute.KeyValue{attribute.String(labelMethod, label), attribute.String(labelTarget, target)}
 	m.base = newSet(m.labels...)
 	attrs := []attribute.KeyValue{semconv.RPCSystemNameGRPC, semconv.RPCMethod(span)}
@@ -259,13 +280,18 @@ type Gauges struct {
 // Watch has collect called at each collection of metrics, with owner, for as long as
 // anything else holds on to owner: being watched keeps nothing alive.
 func Watch[T any](t *Telemetry, owner *T, collect func(*T, Gauges)) error {
+	return watch(t.meter, owner, func(owner *T, o metric.Observer) { collect(owner, Gauges{t, o}) },
+		t.budget, t.delay, t.p99, t.breaker, t.throttling)
+}
+
+func watch[T any](meter metric.Meter, owner *T, collect func(*T, metric.Observer), gauges ...metric.Observable) error {
 	held := weak.Make(owner)
-	reg, err := t.meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+	reg, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		if owner := held.Value(); owner != nil {
-			collect(owner, Gauges{t, o})
+			collect(owner, o)
 		}
 		return nil
-	}, t.budget, t.delay, t.breaker, t.throttling)
+	}, gauges...)
 	if err != nil {
 		return err
 	}
@@ -283,6 +309,12 @@ func (g Gauges) Budget(target string, balance float64) {
 // HedgingDelay tells the hedging delay in force.
 func (g Gauges) HedgingDelay(m *Method, d time.Duration) { g.observe(g.t.delay, m, d.Seconds()) }
 
+// HedgingP99 tells the 99th percentile without hedging, and the estimate of that with it.
+func (g Gauges) HedgingP99(m *Method, unhedged, hedged time.Duration) {
+	g.observe(g.t.p99, m, unhedged.Seconds(), attribute.Bool(labelHedged, false))
+	g.observe(g.t.p99, m, hedged.Seconds(), attribute.Bool(labelHedged, true))
+}
+
 // Breaker tells the state of a circuit breaker: 0 is closed, 1 half-open, 2 open.
 func (g Gauges) Breaker(m *Method, state int) { g.observe(g.t.breaker, m, float64(state)) }
 
@@ -290,9 +322,9 @@ func (g Gauges) Breaker(m *Method, state int) { g.observe(g.t.breaker, m, float6
 func (g Gauges) Throttle(m *Method, p float64) { g.observe(g.t.throttling, m, p) }
 
 // observe leaves out methods that share a series: whichever came last would stand for all.
-func (g Gauges) observe(gauge metric.Float64Observable, m *Method, v float64) {
+func (g Gauges) observe(gauge metric.Float64Observable, m *Method, v float64, more ...attribute.KeyValue) {
 	if m != nil && m.own {
-		g.o.ObserveFloat64(gauge, v, metric.WithAttributes(m.labels...))
+		g.o.ObserveFloat64(gauge, v, metric.WithAttributes(append(m.labels[:len(m.labels):len(m.labels)], more...)...))
 	}
 }
 

@@ -47,7 +47,7 @@ func TestDocument(t *testing.T) {
 // buckets that it has; and the other way round.
 func TestInstruments(t *testing.T) {
 	reader := sdkmetric.NewManualReader()
-	tel, err := New(nil, sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)))
+	tel, err := New(nil, sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)), true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,7 @@ func TestInstruments(t *testing.T) {
 	ctx := context.Background()
 	c.Begin(ctx, m, "/kv.KV/Get")
 	_, a := c.Attempt(ctx, 1, First)
-	a.End(Won, codes.OK, "", "")
+	a.End(Won, codes.OK, "", "10.0.0.7:443")
 	c.Hedged(1, time.Second, "budget")
 	c.Retried(1, time.Second, "budget")
 	c.Refused("THROTTLED", false)
@@ -67,6 +67,7 @@ func TestInstruments(t *testing.T) {
 	if err := Watch(tel, owner, func(_ *int, g Gauges) {
 		g.Budget("dns:///kv.example:443", 1)
 		g.HedgingDelay(m, time.Second)
+		g.HedgingP99(m, 2*time.Second, time.Second)
 		g.Breaker(m, 2)
 		g.Throttle(m, 0.5)
 		// Methods that share a series have no gauges: whose would it be?
@@ -74,6 +75,13 @@ func TestInstruments(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	got := describe(t, reader)
+	runtime.KeepAlive(owner)
+	compare(t, got, Instruments())
+}
+
+// describe says a reader sees of each instrument.
+func describe(t *testing.T, reader *sdkmetric.ManualReader) map[string]string {
 	got := map[string]string{}
 	for _, m := range collect(t, reader) {
 		var keys []string
@@ -88,15 +96,23 @@ func TestInstruments(t *testing.T) {
 			kind, keys = "counter", keysOf(d.DataPoints[0].Attributes.MarshalJSON())
 		case metricdata.Gauge[float64]:
 			kind, keys = "gauge", keysOf(d.DataPoints[0].Attributes.MarshalJSON())
-			if len(d.DataPoints) != 1 {
-				t.Errorf("%s has %d points, want 1", m.Name, len(d.DataPoints))
+			want := 1
+			if m.Name == metricP99.Name {
+				want = 2
+			}
+			if len(d.DataPoints) != want {
+				t.Errorf("%s has %d points, want %d", m.Name, len(d.DataPoints), want)
 			}
 		}
 		got[m.Name] = fmt.Sprint(kind, m.Unit, m.Description, keys, bounds)
 	}
-	runtime.KeepAlive(owner)
+	return got
+}
+
+func compare(t *testing.T, got map[string]string, instruments []Instrument) {
+	t.Helper()
 	want := map[string]string{}
-	for _, i := range Instruments() {
+	for _, i := range instruments {
 		keys := slices.Clone(i.Labels)
 		slices.Sort(keys)
 		want[i.Name] = fmt.Sprint(i.Type, i.Unit, i.Meaning, keys, i.Buckets)
@@ -177,7 +193,7 @@ func TestStatusNames(t *testing.T) {
 // Beyond the bound methods share one of the target "other"; those that are not recognized share
 // one of their target, and take no room beyond it.
 func TestMethodBound(t *testing.T) {
-	tel, err := New(nil, nil)
+	tel, err := New(nil, nil, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,7 +229,7 @@ func TestGlobalInstalledLate(t *testing.T) {
 		t.Skip("what takes the place of the API's own providers cannot be taken away in the same process")
 	}
 	installed = true
-	tel, err := New(nil, nil)
+	tel, err := New(nil, nil, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -258,7 +274,7 @@ func TestGlobalInstalledLate(t *testing.T) {
 // Of two attempts that answer at once one has won.
 func TestOneWinner(t *testing.T) {
 	spans := tracetest.NewInMemoryExporter()
-	tel, err := New(sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans)), nil)
+	tel, err := New(sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans)), nil, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -284,7 +300,7 @@ func TestOneWinner(t *testing.T) {
 // Being watched keeps nothing alive, and what is gone is not asked.
 func TestWatchHoldsNothing(t *testing.T) {
 	reader := sdkmetric.NewManualReader()
-	tel, err := New(nil, sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)))
+	tel, err := New(nil, sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)), false)
 	if err != nil {
 		t.Fatal(err)
 	}

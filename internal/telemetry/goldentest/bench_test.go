@@ -62,3 +62,51 @@ func BenchmarkCall(b *testing.B) {
 		})
 	}
 }
+
+// The same for a server that admits the call, whose client is bare, beside otelgrpc's handler.
+func BenchmarkServedCall(b *testing.B) {
+	never := func() *sdktrace.TracerProvider {
+		return sdktrace.NewTracerProvider(sdktrace.WithSampler(sdktrace.NeverSample()))
+	}
+	meters := func() *sdkmetric.MeterProvider {
+		return sdkmetric.NewMeterProvider(sdkmetric.WithReader(sdkmetric.NewManualReader()))
+	}
+	ours := func(opts ...bobtail.Option) []grpc.ServerOption {
+		s, err := bobtail.NewServer(bobtail.DefaultServerPolicy(), append(opts, bobtail.WithLogger(nil))...)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return s.ServerOptions()
+	}
+	theirs := func(opts ...otelgrpc.Option) []grpc.ServerOption {
+		return []grpc.ServerOption{grpc.StatsHandler(otelgrpc.NewServerHandler(append(opts, otelgrpc.WithPropagators(propagation.TraceContext{}))...))}
+	}
+	recorded := func() *sdktrace.TracerProvider { return sdktrace.NewTracerProvider() }
+	for _, bm := range []struct {
+		name string
+		opts []grpc.ServerOption
+	}{
+		{"bare", nil},
+		{"bobtail, without telemetry", ours(bobtail.WithoutTelemetry())},
+		{"bobtail, nothing installed", ours()},
+		{"bobtail, metrics", ours(bobtail.WithMeterProvider(meters()))},
+		{"otelgrpc, nothing installed", theirs()},
+		{"otelgrpc, never sampled, metrics", theirs(otelgrpc.WithTracerProvider(never()), otelgrpc.WithMeterProvider(meters()))},
+		{"otelgrpc, recorded, metrics", theirs(otelgrpc.WithTracerProvider(recorded()), otelgrpc.WithMeterProvider(meters()))},
+		{"both, recorded, metrics", append(ours(bobtail.WithMeterProvider(meters())),
+			theirs(otelgrpc.WithTracerProvider(recorded()), otelgrpc.WithMeterProvider(meters()))...)},
+		{"both, recorded, metrics, ours without telemetry", append(ours(bobtail.WithoutTelemetry()),
+			theirs(otelgrpc.WithTracerProvider(recorded()), otelgrpc.WithMeterProvider(meters()))...)},
+	} {
+		b.Run(bm.name, func(b *testing.B) {
+			kv := kvpb.NewKVClient(grpctest.NewFleet(b, 1, grpctest.Handlers{}, bm.opts...).Dial())
+			ctx, req := context.Background(), &kvpb.Request{}
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := kv.Get(ctx, req); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -1,4 +1,4 @@
-// Package goldentest holds what a client's telemetry looks like beside that of others. It is
+// Package goldentest holds what the telemetry of clients and servers looks like beside that of others. It is
 // a module of its own, so that nobody who uses the library need load theirs.
 package goldentest
 
@@ -166,7 +166,8 @@ func tree(spans tracetest.SpanStubs) string {
 			fmt.Fprintf(&b, "%s%s (%s)", indent, s.Name, s.SpanKind)
 			for _, kv := range s.Attributes {
 				switch kv.Key {
-				case "bobtail.attempt.number", "bobtail.attempt.kind", "bobtail.attempt.outcome", "bobtail.call.attempts", "rpc.response.status_code":
+				case "bobtail.attempt.number", "bobtail.attempt.kind", "bobtail.attempt.outcome", "bobtail.call.attempts", "rpc.response.status_code",
+					"bobtail.admission", "bobtail.reason", "bobtail.criticality", "bobtail.queue.wait":
 					fmt.Fprintf(&b, " %s=%s", kv.Key[strings.LastIndex(string(kv.Key), ".")+1:], kv.Value.String())
 				}
 			}
@@ -193,7 +194,7 @@ func counts(t *testing.T, reader *sdkmetric.ManualReader) string {
 	var lines []string
 	add := func(name string, set attribute.Set, n any) {
 		line := fmt.Sprintf("%s: %v", name, n)
-		for _, key := range []attribute.Key{"grpc.status", "rpc.response.status_code", "bobtail.attempt.kind", "bobtail.attempt.outcome", "bobtail.reason"} {
+		for _, key := range []attribute.Key{"grpc.status", "rpc.response.status_code", "bobtail.attempt.kind", "bobtail.attempt.outcome", "bobtail.reason", "bobtail.criticality", "bobtail.shadow"} {
 			if v, ok := set.Value(key); ok {
 				line += " " + v.String()
 			}
@@ -204,7 +205,7 @@ func counts(t *testing.T, reader *sdkmetric.ManualReader) string {
 		for _, m := range sm.Metrics {
 			switch d := m.Data.(type) {
 			case metricdata.Histogram[float64]:
-				if strings.HasSuffix(m.Name, ".duration") || strings.HasSuffix(m.Name, "delay") {
+				if strings.HasSuffix(m.Name, ".duration") || strings.HasSuffix(m.Name, "delay") || strings.HasSuffix(m.Name, ".wait") {
 					for _, p := range d.DataPoints {
 						add(m.Name, p.Attributes, p.Count)
 					}

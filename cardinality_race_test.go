@@ -1,0 +1,5 @@
+//go:build race
+
+package bobtail
+
+const raceDetector = true
