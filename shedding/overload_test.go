@@ -140,7 +140,7 @@ func TestOverload(t *testing.T) {
 					o.server = shedServer(t, ServerConfig{Limiter: LimiterConfig{Algorithm: Static, Limit: 4 * 8}})
 				case "shed, classes":
 					// All waiting is the sheddable classes', three quarters of the load.
-					o.call, at1x, refused1x = withMixed, 40*ms, 0.033
+					o.call, at1x, refused1x = withMixed, 44*ms, 0.033
 					if load == 8 {
 						bound = 28 * ms
 					}
