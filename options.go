@@ -43,6 +43,9 @@ func newOptions(opts []Option) options {
 // WithLogger sends the few log records of a client or server to l. They are told at changes
 // of state only, and of each kind and subject at most one in 10 s; docs/telemetry.md lists
 // them. The default is [slog.Default]; nil is none.
+//
+// A handler of l must not call Update of the [Client] or [Server] that it is told of: it may be told
+// during one.
 func WithLogger(l *slog.Logger) Option {
 	return func(o *options) {
 		if l == nil {

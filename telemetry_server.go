@@ -86,6 +86,9 @@ func (s *Server) changed(e shedding.Event, shadow bool) {
 		s.telemetry.OverloadChanged(ctx, false)
 		s.log.Log(ctx, slog.LevelInfo, "bobtail: server: overload ended", "waiting", e.To, "shadow", shadow)
 	case shedding.LimitMoved:
+		if e.Probe {
+			return // it is back in a moment
+		}
 		if highest, fell := s.limits.moved(e); fell {
 			s.log.Log(ctx, level, "bobtail: server: the limit has fallen by half", "limit", e.To, "highest", highest, "shadow", shadow)
 		}

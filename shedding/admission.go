@@ -110,6 +110,8 @@ type Event struct {
 	Kind     EventKind
 	At       time.Time
 	From, To int
+	// Probe says of a limit that it was lowered for a moment, to measure.
+	Probe bool
 }
 
 // maxEvents is how many are kept for one who does not fetch them.
@@ -163,7 +165,8 @@ type Stats struct {
 // The owner of an Admission holds a mutex around each call, has a timer that calls
 // [Admission.Tick] at [Admission.NextWake], and after each call fetches
 // [Admission.Settled] and publishes [Admission.Verdict]. No call blocks, reads a clock or
-// allocates in the steady state; each costs O(log n) of the length of the queue, and every
+// allocates in the steady state; each costs O(log n) of the length of the queue, and of shards
+// their number, and every
 // 100 ms one costs a pass over 512 levels. Times must not go back; one that does counts as the
 // latest.
 type Admission struct {
@@ -383,7 +386,7 @@ func (a *Admission) Events() []Event {
 // Stats returns the state as of the latest call.
 func (a *Admission) Stats() Stats {
 	s := Stats{
-		Limit: a.limiter.Limit(), InFlight: a.inFlight, Cursor: a.cursor, Overloaded: a.overloaded,
+		Limit: a.limiter.Limit() + min(a.lasting, a.inFlight), InFlight: a.inFlight, Cursor: a.cursor, Overloaded: a.overloaded,
 		Demand: a.flow.demand, Capacity: a.flow.capacity,
 	}
 	if a.queue != nil {
@@ -401,13 +404,16 @@ func (a *Admission) begin(now time.Time) time.Time {
 		now = a.now
 	}
 	a.now = now
-	if a.busy() >= a.limiter.Limit() {
-		from := a.limiter.Limit()
+	from := a.limiter.Limit()
+	if a.busy() >= from {
 		a.limiter.Stuck(now, a.busy())
 		a.limitMoved(now, from)
 	}
 	if a.queue == nil {
 		return now
+	}
+	if a.limiter.Limit() > from {
+		a.fill(now) // whoever waits goes before whoever comes now
 	}
 	a.watch(now)
 	for {
@@ -434,6 +440,12 @@ func (a *Admission) end(now time.Time) {
 	if a.queue == nil {
 		return
 	}
+	a.fill(now)
+	a.watch(now)
+}
+
+// fill lets in those who wait for whom there is a slot.
+func (a *Admission) fill(now time.Time) {
 	for a.busy() < a.limiter.Limit() {
 		w, ok := a.queue.Pop()
 		if !ok {
@@ -442,7 +454,6 @@ func (a *Admission) end(now time.Time) {
 		a.enter(now)
 		a.settle(now, w, Decision{Verb: Admitted})
 	}
-	a.watch(now)
 }
 
 // watch tells an overload by the wait of the oldest.
@@ -524,7 +535,9 @@ func (a *Admission) moveCursor(now time.Time, to Level) {
 
 func (a *Admission) limitMoved(now time.Time, from int) {
 	if to := a.limiter.Limit(); to != from {
-		a.event(LimitMoved, now, from, to)
+		if len(a.events) < maxEvents {
+			a.events = append(a.events, Event{Kind: LimitMoved, At: now, From: from, To: to, Probe: a.limiter.probe > 0})
+		}
 	}
 }
 
@@ -541,7 +554,9 @@ func (a *Admission) shed(now time.Time, leave int, from Level, why Reason) {
 
 func (a *Admission) enter(now time.Time) {
 	a.inFlight++
+	from := a.limiter.Limit()
 	a.limiter.Begin(now, a.busy())
+	a.limitMoved(now, from) // it may have given up a probe
 }
 
 func (a *Admission) settle(now time.Time, w Waiter, d Decision) {

@@ -60,7 +60,7 @@ func (f *flow) arrived(level Level, n int) {
 
 func (f *flow) done(ran time.Duration, r Result) {
 	f.completed++
-	if r != Ignored && r != Untimed {
+	if r != Ignored && r != Untimed && r != UntimedDrop {
 		t := float64(ran)
 		f.sum += t
 		f.sumSq += t * t

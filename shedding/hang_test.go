@@ -292,8 +292,8 @@ func TestLasting(t *testing.T) {
 	if st := a.Settled(); len(st) != 1 || st[0].Verb != Admitted {
 		t.Errorf("%+v, want the one who waited to be let in", st)
 	}
-	if st := a.Stats(); st.InFlight != 3 || st.Limit != 2 {
-		t.Errorf("%+v, want 3 in flight at a limit of 2", st)
+	if st := a.Stats(); st.InFlight != 3 || st.Limit != 3 {
+		t.Errorf("%+v, want 3 in flight at a limit of 2, raised by one", st)
 	}
 	a.Lasting(now, -1)
 	a.Done(now, time.Second, Ignored)
@@ -322,9 +322,60 @@ func TestUntimed(t *testing.T) {
 	if l.Limit() != before {
 		t.Errorf("limit %d, was %d: it was not reached", l.Limit(), before)
 	}
-	serve(l, now, 5*time.Second, before, 150*ms, Dropped)
+	serve(l, now, 5*time.Second, before, 150*ms, UntimedDrop)
 	if l.Limit() > before/2 {
 		t.Errorf("limit %d, was %d: all run out of time", l.Limit(), before)
+	}
+}
+
+// A few that run out of time, or a few that are slow, say nothing beside many that are not
+// timed: neither that the limit is too high nor that it is too low.
+func TestUntimedWithOthers(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		other Result
+		each  int // one of so many ends so
+		takes time.Duration
+	}{
+		{"1% of streams run out of time", UntimedDrop, 100, 500 * ms},
+		{"9% of streams do", UntimedDrop, 11, 500 * ms},
+		{"now and then a call", Served, 400, 10 * ms},
+	} {
+		l := newLimiter(t, LimiterConfig{Initial: 100})
+		now := simEpoch
+		for n := range 60 * 2000 {
+			now = now.Add(500 * time.Microsecond)
+			l.Begin(now, 100)
+			if n%tt.each == 0 {
+				l.End(now, 99, tt.takes, tt.other)
+			} else {
+				l.End(now, 99, 150*ms, Untimed)
+			}
+		}
+		if l.Limit() < 50 || l.Limit() > 200 {
+			t.Errorf("%s: limit %d, was 100", tt.name, l.Limit())
+		}
+	}
+}
+
+// A slot that comes free because nothing has moved is that of the one who waits, not of whoever
+// comes at that moment.
+func TestStuckServesTheQueue(t *testing.T) {
+	cfg := static(2, 10)
+	cfg.Limiter = LimiterConfig{Initial: 2}
+	cfg.Queue.MaxWait, cfg.Queue.Target = time.Minute, time.Minute
+	a := newAdmission(t, cfg)
+	for range 2 {
+		a.Arrive(simEpoch, Request{})
+	}
+	if d := a.Arrive(simEpoch, Request{Criticality: CriticalPlus, Owner: "plus"}); d.Verb != Queued {
+		t.Fatal(d)
+	}
+	if d := a.Arrive(simEpoch.Add(1100*ms), Request{Criticality: Sheddable, Extra: true}); d.Verb != Queued {
+		t.Errorf("%v goes before one that is critical_plus and has waited", d)
+	}
+	if st := a.Settled(); len(st) != 1 || st[0].Owner != "plus" || st[0].Verb != Admitted {
+		t.Errorf("%+v, want the one who waited to be let in", st)
 	}
 }
 

@@ -113,6 +113,8 @@ const (
 	// Untimed is one that ran to its end, but its time is the client's as much as the
 	// server's: a stream of which the client sends messages.
 	Untimed
+	// UntimedDrop is such a one that did not get its work done in time.
+	UntimedDrop
 )
 
 // Limiter finds how many handlers a server should run at once. More than it has means to
@@ -166,7 +168,7 @@ const (
 // would keep it as it is for ever. When it has been reached and nobody has begun or ended for
 // twice the usual time, and at least 1 s, a probe is given up, or L grows by one: what hangs is
 // then left out of what later probes lower. And where nothing ends but [Untimed], L grows by
-// a tenth a second while it is reached.
+// a tenth a second while it is reached, and falls when more than a tenth of them are [UntimedDrop].
 //
 // A Limiter is made by [NewLimiter], reads no clock, and is not safe for concurrent use. It
 // does not count: whoever keeps to the limit does ([Admission]). No operation allocates.
@@ -303,6 +305,8 @@ func (l *Limiter) Begin(now time.Time, inFlight int) {
 	if l.probe > 0 && now.Sub(l.window.start) > 2*l.patience() {
 		// There were too few calls for it. It would be the limit of whoever comes now.
 		l.giveUpProbe(now)
+		l.draining, l.opens = false, now
+		l.reopen(now, inFlight)
 	}
 	l.window.peak = max(l.window.peak, inFlight)
 	if l.full(inFlight) {
@@ -364,14 +368,12 @@ func (l *Limiter) End(now time.Time, inFlight int, ran time.Duration, r Result) 
 	switch r {
 	case Ignored:
 		return
-	case Untimed:
+	case Untimed, UntimedDrop:
 		w.untimed++
-		if w.all.n < windowLeast && w.untimed >= windowLeast && now.Sub(w.start) >= windowMax {
-			if l.probe == 0 && w.peak >= int(l.limit) {
-				l.set(l.limit * untimedUp)
-			}
-			l.reopen(now, inFlight)
+		if r == UntimedDrop {
+			w.dropped++
 		}
+		l.endUntimed(now, inFlight)
 		return
 	}
 	t := max(float64(ran), 1) // a clock that stands still must not divide by 0
@@ -404,6 +406,25 @@ func (l *Limiter) End(now time.Time, inFlight int, ran time.Duration, r Result) 
 	l.reopen(now, inFlight)
 }
 
+// endUntimed ends a window in which there was nothing to be timed.
+func (l *Limiter) endUntimed(now time.Time, inFlight int) {
+	w := &l.window
+	took := now.Sub(w.start)
+	switch {
+	case w.untimed < windowLeast || took < windowMax || w.all.n > 0 && took < hangsLate:
+		return // of the few that are timed there may be enough yet
+	case l.probe > 0 || w.all.n > 0:
+	case w.drops() > dropsMany:
+		l.set(l.limit * dropsFactor)
+	case w.dropped == 0 && w.peak >= int(l.limit):
+		l.set(l.limit * untimedUp)
+	}
+	l.reopen(now, inFlight)
+}
+
+// drops is the share of those that ended, timed or not, who did not get their work done.
+func (w *window) drops() float64 { return float64(w.dropped) / float64(w.all.n+w.untimed) }
+
 // full tells whether the limit is as good as reached.
 func (l *Limiter) full(inFlight int) bool { return float64(inFlight) >= nearly*float64(l.Limit()) }
 
@@ -432,7 +453,7 @@ func (l *Limiter) enough() int {
 func (l *Limiter) move(now time.Time) {
 	w := &l.window
 	l.short, l.deviation = w.all.mean(), w.all.deviation()
-	drops := float64(w.dropped) / float64(w.all.n)
+	drops := w.drops()
 	switch floor := math.Floor(l.limit); {
 	case l.cfg.Algorithm == AIMD:
 		if drops > dropsSome {
@@ -530,7 +551,7 @@ func (l *Limiter) beginProbe() {
 // endProbe ends a window at the lower limit.
 func (l *Limiter) endProbe(now time.Time) {
 	w := &l.window
-	if float64(w.dropped) > dropsMany*float64(w.all.n) {
+	if w.drops() > dropsMany {
 		l.probe, l.settled, l.probeAt = 0, false, now // times that were cut off are no base
 		return
 	}

@@ -109,7 +109,7 @@ type Waiter struct {
 // Scale").
 //
 // A Queue is made by [NewQueue], reads no clock, and is not safe for concurrent use. What it
-// does costs O(log n) at most. It allocates only when it is longer than it has ever been.
+// does costs O(log n) at most, and of shards their number. It allocates only when it is longer than it has ever been.
 type Queue struct {
 	cfg         QueueConfig
 	newestFirst bool
@@ -221,15 +221,18 @@ func (q *Queue) Push(now time.Time, level Level, flow uint64, until time.Time, o
 // Pop takes out the one whose turn it is.
 func (q *Queue) Pop() (Waiter, bool) {
 	for lane := lanes - 1; lane > 0; lane -= 2 {
-		next := q.earlier(q.next(lane), q.next(lane-1))
+		first := q.earlier(q.head(&q.lanes[lane].queueList), q.head(&q.lanes[lane-1].queueList))
 		if q.together && lane == 2*SheddablePlus.rank()+1 {
-			next = q.earlier(next, q.earlier(q.next(lane-2), q.next(lane-3)))
+			first = q.earlier(first, q.earlier(q.head(&q.lanes[lane-2].queueList), q.head(&q.lanes[lane-3].queueList)))
 		}
-		if next != 0 {
-			p := &q.places[next]
-			q.lanes[p.Level.lane()].turn = int(p.shard) + 1
-			return q.take(next), true
+		if first == 0 {
+			continue
 		}
+		// In his lane it is the turn of a shard, which may not be his.
+		l := &q.lanes[q.places[first].Level.lane()]
+		next := q.head(l.inTurn())
+		l.turn = int(q.places[next].shard) + 1
+		return q.take(next), true
 	}
 	return Waiter{}, false
 }
@@ -248,9 +251,8 @@ func (q *Queue) earlier(a, b uint32) uint32 {
 	return a
 }
 
-// next is who is next in a lane, or 0.
-func (q *Queue) next(lane int) uint32 {
-	l := q.lanes[lane].inTurn()
+// head is who is next in a list, or 0.
+func (q *Queue) head(l *queueList) uint32 {
 	if q.newestFirst {
 		return l.newest
 	}

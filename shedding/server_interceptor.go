@@ -306,6 +306,9 @@ func (p *permit) result(ctx context.Context, err error, now time.Time, ran time.
 		if ran > median && !p.fed {
 			p.method.record(since, ran) // it would have taken longer; which side of the median is all that counts
 		}
+		if p.fed {
+			return UntimedDrop
+		}
 		return Dropped
 	}
 	code := outcome.CodeOf(err)

@@ -478,7 +478,7 @@ func TestServerResult(t *testing.T) {
 		{"fed, an answer", true, background, status.Error(codes.NotFound, ""), 20 * ms, Untimed},
 		{"fed, failed", true, background, status.Error(codes.Internal, ""), 20 * ms, Ignored},
 		{"fed, cancelled", true, cancelled, nil, 20 * ms, Ignored},
-		{"fed, late", true, late, context.DeadlineExceeded, 20 * ms, Dropped},
+		{"fed, late", true, late, context.DeadlineExceeded, 20 * ms, UntimedDrop},
 		{"fed, open for long, until its deadline", true, late, nil, lastingAfter, Ignored},
 	} {
 		p := &permit{server: s, method: m, finished: true, stream: true, fed: tc.fed}
