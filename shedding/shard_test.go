@@ -137,6 +137,29 @@ func TestShards(t *testing.T) {
 	}
 }
 
+// Shards say whose turn it is in a lane, not which lane is served: the newest first attempts
+// go before extra ones that are older, in whichever shard they wait.
+func TestShardsAcrossLanes(t *testing.T) {
+	q := newQueue(t, QueueConfig{Shards: 64})
+	q.NewestFirst(true)
+	first, extra := level(Critical, false), level(Critical, true)
+	q.Push(at(0), first, 1, time.Time{}, "old")
+	for i := range 5 {
+		q.Push(at(1+i), extra, 2, time.Time{}, "extra")
+	}
+	for i := range 5 {
+		q.Push(at(6+i), first, uint64(10+i), time.Time{}, "new")
+	}
+	var got []string
+	for w, ok := q.Pop(); ok; w, ok = q.Pop() {
+		got = append(got, w.Owner.(string))
+	}
+	// The old one has its turn among the first attempts, wherever in the row that is.
+	if at := slices.Index(got, "extra"); at < 5 {
+		t.Errorf("%v: an extra attempt goes before newer first ones", got)
+	}
+}
+
 // Whatever happens, each is in one shard of its lane, the same as in the lane's list, and
 // leaves once.
 func TestShardsModel(t *testing.T) {
