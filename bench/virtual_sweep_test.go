@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"os"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -131,6 +133,24 @@ func TestVirtualSweep(t *testing.T) {
 				}
 				inOrder(t, p, c.classes, leak)
 			}
+		}
+	}
+}
+
+// TestVirtualSweepSpread prints how the figures at what the server can just do scatter over
+// seeds, without and with classes:
+//
+//	BENCH_SPREAD=4 go test ./bench -run SweepSpread -v
+func TestVirtualSweepSpread(t *testing.T) {
+	n, _ := strconv.Atoi(os.Getenv("BENCH_SPREAD"))
+	if n == 0 {
+		t.Skip("BENCH_SPREAD is not set to a number of seeds")
+	}
+	for _, classes := range []map[string]float64{nil, mixed} {
+		for seed := range n {
+			sc := named(t, "overload")
+			sc.Criticality = classes
+			sweepPoint(t, sc, uint64(seed+1), "shed", 1, 5*time.Second, 10*time.Second)
 		}
 	}
 }

@@ -97,22 +97,21 @@ func TestSimCriticality(t *testing.T) {
 			for _, load := range []float64{2, 3, 4, 8} {
 				s := overloadSim(constant, load)
 				s.mix, s.extra = mixed, extra
+				if !constant {
+					// The limit is seldom, and for seconds, below what the server can run: that is 0.5% of
+					// some minutes, and 0.25% of ten.
+					s.run = 10 * time.Minute
+				}
 				r := s.simulate(t)
 				c := &r.classes
 				t.Logf("%-11s extra %.1f %vx: goodput %.3f, success from below %.4f %.4f %.4f %.4f", kind(constant), extra, load,
 					r.goodput, c[0].success(), c[1].success(), c[2].success(), c[3].success())
-				// Of exponential times the limit is seldom, and for seconds, below what the server can
-				// run: at 3x, over 120 seeds, the mean success of critical is 0.9975.
-				least := 0.995
-				if !constant {
-					least = 0.99
-				}
 				above := 0.0 // part of the capacity
 				for rank := classes - 1; rank >= 0; rank-- {
 					above += load * mixed[Sheddable+Criticality(rank)]
 					switch success := c[rank].success(); {
-					case above < 0.9 && success < least:
-						t.Errorf("%v: success %v, want %v: all that is above fits", Sheddable+Criticality(rank), success, least)
+					case above < 0.9 && success < 0.995:
+						t.Errorf("%v: success %v, want 0.995: all that is above fits", Sheddable+Criticality(rank), success)
 					case rank > 0 && success < c[rank-1].success()-0.01:
 						t.Errorf("%v: success %v, less than in the class below", Sheddable+Criticality(rank), success)
 					case above-load*mixed[Sheddable+Criticality(rank)] > 1.3 && success > 0.01:
