@@ -29,8 +29,7 @@ type guard struct {
 
 // throttles is a method's adaptive throttle for each class of criticality: a server that
 // refuses all that is sheddable, to serve all that is critical, would be throttled for both by
-// one. The SRE book has it so ("Handling Overload": "we keep separate stats for each
-// criticality").
+// one. The SRE book keeps them apart, too (chapter 21, "Handling Overload").
 type throttles [shedding.CriticalPlus - shedding.Sheddable + 1]*breaker.Throttle
 
 func newThrottles(cfg breaker.ThrottleConfig, now time.Time) (*throttles, error) {
