@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/internal/telemetry"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
@@ -66,7 +67,7 @@ func unlimited() (*sdkmetric.MeterProvider, *sdkmetric.ManualReader) {
 }
 
 func howMany() int {
-	if testing.Short() || raceDetector {
+	if testing.Short() || testenv.Race {
 		return randomCallsFast
 	}
 	return randomCalls

@@ -34,6 +34,7 @@ type arrow struct{ from, to string }
 //
 // and the root alone has telemetry beside the policies.
 func broken(a arrow) string {
+	helper := func(p string) bool { return strings.HasPrefix(p, "internal/grpctest") || p == "internal/testenv" }
 	top := func(p string) string { first, _, _ := strings.Cut(p, "/"); return first }
 	if strings.HasPrefix(a.to, "go.opentelemetry.io/") {
 		if top(a.from) != "bench" && top(a.from) != "examples" && a.from != "internal/telemetry" {
@@ -42,7 +43,7 @@ func broken(a arrow) string {
 		return ""
 	}
 	if a.to == "testing" || strings.HasPrefix(a.to, "testing/") || strings.HasPrefix(a.to, "pgregory.net/") || strings.HasPrefix(a.to, "go.uber.org/") {
-		if top(a.from) != "bench" && !strings.HasPrefix(a.from, "internal/grpctest") {
+		if top(a.from) != "bench" && !helper(a.from) {
 			return "what tests need is no part of the library"
 		}
 		return ""
@@ -57,10 +58,10 @@ func broken(a arrow) string {
 	switch {
 	case top(a.from) == "bench" || top(a.from) == "examples":
 		return ""
-	case strings.HasPrefix(a.from, "internal/grpctest"):
+	case helper(a.from):
 		return "" // a test helper: nothing but tests and bench may import it
-	case strings.HasPrefix(a.to, "internal/grpctest"):
-		return "internal/grpctest is for tests and bench"
+	case helper(a.to):
+		return "internal/grpctest and internal/testenv are for tests and bench"
 	case a.from == ".":
 		if slices.Contains(policies, top(a.to)) || slices.Contains(foundations, a.to) || a.to == "internal/telemetry" {
 			return ""
@@ -148,6 +149,7 @@ func TestImportRules(t *testing.T) {
 		{".", "google.golang.org/grpc", true},
 		{".", "bench", false},
 		{".", "internal/grpctest", false},
+		{"retry", "internal/testenv", false},
 		{".", "go.opentelemetry.io/otel/metric", false},
 		{".", "pgregory.net/rapid", false},
 		{"hedging", "internal/attempt", true},
@@ -165,6 +167,7 @@ func TestImportRules(t *testing.T) {
 		{"internal/telemetry", "go.opentelemetry.io/otel", true},
 		{"internal/telemetry", "hedging", false},
 		{"internal/grpctest", "testing", true},
+		{"internal/testenv", "testing", true},
 		{"internal/grpctest", "internal/attempt", true},
 		{"internal/surprise", "hedging", false},
 		{"bench/load", ".", true},

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // A record of a kind and key is told once in 10 s; the next one tells how many were not.
@@ -137,7 +139,7 @@ func TestLimitFall(t *testing.T) {
 			t.Errorf("at %d s to %d: highest %d, fell %v; want %d", step.at, step.to, highest, fell, step.highest)
 		}
 	}
-	if n := testing.AllocsPerRun(100, func() { f.moved(begin, 10, 9) }); n > 0 {
+	if n := testenv.Allocs(100, func() { f.moved(begin, 10, 9) }); n > 0 {
 		t.Errorf("%v allocations", n)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/bobtail-rpc/bobtail"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // The example of "Metastable Failures in Distributed Systems" (HotOS 2021): a server of 300
@@ -26,7 +27,7 @@ func TestMetastable(t *testing.T) {
 		seconds  = 40
 	)
 	perSecond, capacity := 280, 300
-	if underRace || testing.Short() { // a minute of 280/s takes as long as that
+	if testenv.Race || testing.Short() { // a minute of 280/s takes as long as that
 		perSecond, capacity = perSecond/5, capacity/5
 	}
 	run := func(t *testing.T, tries int, dial []grpc.DialOption, serve []grpc.ServerOption) []float64 {

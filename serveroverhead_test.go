@@ -8,6 +8,8 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"google.golang.org/grpc"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // serverLooks are who may look at the calls of a server; a span, where there is one, is made
@@ -56,12 +58,12 @@ func admitOne(t testing.TB, opts []Option, traced bool) func() {
 // Looking at an admitted call costs a server no allocation, whoever looks, as long as its
 // span is not recorded.
 func TestServerTelemetryOverhead(t *testing.T) {
-	if raceDetector {
+	if testenv.Race {
 		t.Skip("the race detector drops at random what pools hold")
 	}
 	costs := map[string]float64{}
 	for _, look := range serverLooks() {
-		costs[look.name] = testing.AllocsPerRun(1000, admitOne(t, look.opts, look.traced))
+		costs[look.name] = testenv.Allocs(1000, admitOne(t, look.opts, look.traced))
 		if costs[look.name] > costs["without"] {
 			t.Errorf("%s: %v allocations, want at most %v", look.name, costs[look.name], costs["without"])
 		}

@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // Whatever method names and policies arrive, what a Client keeps is bounded, and a
@@ -44,7 +46,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	for i := range maxMethods {
 		c.method(nil, fmt.Sprintf("/full/%d", i))
 	}
-	if n := testing.AllocsPerRun(100, func() { c.method(nil, "/one/more") }); n > 3 {
+	if n := testenv.Allocs(100, func() { c.method(nil, "/one/more") }); n > 3 {
 		t.Errorf("%v allocations for a method beyond the bound, want no copy of the table", n)
 	}
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/hedging"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
@@ -248,7 +249,7 @@ func TestTiedTable(t *testing.T) {
 		{"both", `{"extraLoad": {"max": 0.05}, ` + get + `{"maxAttempts": 2, "tied": true, "hedgingPercentile": 95}}]}`},
 	}
 	loads, n := []float64{0.3, 0.5, 0.7, 0.85}, 6000
-	if testing.Short() || underRace {
+	if testing.Short() || testenv.Race {
 		loads, n = loads[1:2], 3000
 	}
 	for _, load := range loads {

@@ -15,6 +15,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // played is what one policy did to a scenario's requests.
@@ -136,7 +137,7 @@ func TestVirtualSpread(t *testing.T) {
 // thirds of what even shares send there is too much); who sees queues alone still sends
 // them more than is good for p99.
 func TestVirtualSkewed(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
@@ -210,7 +211,7 @@ func TestVirtualSinkhole(t *testing.T) {
 // Each backend pauses for 100 to 300 ms in every 10 s: a fiftieth of the calls waits,
 // which a second attempt elsewhere cures for as much extra load.
 func TestVirtualGCPause(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
@@ -233,7 +234,7 @@ func TestVirtualGCPause(t *testing.T) {
 
 // One of five backends is gone for half a second, and slow for 10 s when it is back.
 func TestVirtualColdStart(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
@@ -318,7 +319,7 @@ func (r played) keyed(backends int) (k keyed) {
 // A key that is too hot for one backend takes a few, not all; the others stay at home;
 // and nobody waits for it.
 func TestVirtualHotKey(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/bobtail-rpc/bobtail/bench/report"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // line is a run in brief, for the log.
@@ -118,7 +119,7 @@ func TestVirtualBlackhole(t *testing.T) {
 // Without retries the backlog drains in two minutes (FIGURES: 121 s); naive retries
 // of what the proxy gave up on keep the server busy with work that nobody waits for.
 func TestVirtualMetastable(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
@@ -158,7 +159,7 @@ func TestVirtualMetastable(t *testing.T) {
 // A server that takes in no more than it can do has no backlog to work off: it is back at
 // once, whatever its clients do, where the plain pair never is.
 func TestVirtualMetastableServer(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	sc := named(t, "metastable")
@@ -170,7 +171,7 @@ func TestVirtualMetastableServer(t *testing.T) {
 
 // One retry, as in the paper: the server is kept at twice the load, for good.
 func TestVirtualMetastableOnce(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()

@@ -14,6 +14,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // storm is what many clients did to backends that were out for a while.
@@ -128,7 +129,7 @@ const careful = `{
 // the load (PEERS); failsafe-go's with a breaker lets 297 requests fail after all
 // is well.
 func TestVirtualOutage(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()

@@ -13,6 +13,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/bench/load"
 	"github.com/bobtail-rpc/bobtail/bench/report"
 	"github.com/bobtail-rpc/bobtail/bench/scenario"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // point is a point of a sweep, and what the handlers did for it, the warm-up's calls
@@ -76,7 +77,7 @@ const sweepSeed = 2
 // the best possible at 2, 4 and 8 times, with a p99 of 40 ms; failsafe-go's prioritized
 // limiter nothing at all (PEERS).
 func TestVirtualSweep(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()
@@ -173,7 +174,7 @@ func inOrder(t *testing.T, p point, weights map[string]float64, leak float64) {
 
 // The acceptance of tied requests, at half of what the servers can do.
 func TestVirtualTied(t *testing.T) {
-	if underRace {
+	if testenv.Race {
 		t.Skip("a measurement of many thousand calls: minutes under the race detector, and run without it")
 	}
 	t.Parallel()

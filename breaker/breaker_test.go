@@ -15,6 +15,8 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // What opens a closed breaker, and what does not.
@@ -709,7 +711,7 @@ func TestConcurrentlyUnderFire(t *testing.T) {
 
 func TestAllocations(t *testing.T) {
 	closed := newRig(t, Config{SlowCallDuration: time.Hour}, 0)
-	if n := testing.AllocsPerRun(1000, func() {
+	if n := testenv.Allocs(1000, func() {
 		p, _ := closed.Admit()
 		p.Done(nil)
 	}); n != 0 {
@@ -717,7 +719,7 @@ func TestAllocations(t *testing.T) {
 	}
 	rare := newRig(t, Config{FailureRatio: 1}, 0)
 	rare.calls("s")
-	if n := testing.AllocsPerRun(1000, func() {
+	if n := testenv.Allocs(1000, func() {
 		p, _ := rare.Admit()
 		p.Failure()
 	}); n != 0 {
@@ -725,7 +727,7 @@ func TestAllocations(t *testing.T) {
 	}
 	open := newRig(t, Config{MinimumCalls: 1, OpenFor: time.Hour}, 0)
 	open.calls("f")
-	if n := testing.AllocsPerRun(1000, func() { open.Admit() }); n > 1 {
+	if n := testenv.Allocs(1000, func() { open.Admit() }); n > 1 {
 		t.Errorf("open: %v allocations per refusal, want its error alone", n)
 	}
 }

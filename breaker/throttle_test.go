@@ -15,6 +15,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // epoch0 has no monotonic reading, so every time in these tests is exact.
@@ -469,7 +470,7 @@ func TestThrottleAllocatesNothing(t *testing.T) {
 	for _, end := range "sf" {
 		th := newThrottle(t, ThrottleConfig{})
 		now := epoch0
-		if n := testing.AllocsPerRun(1000, func() {
+		if n := testenv.Allocs(1000, func() {
 			now = now.Add(10 * ms)
 			if th.Admit(now, 0.5) == nil {
 				th.Record(now, ends[end])

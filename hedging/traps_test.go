@@ -24,6 +24,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // Each test of this file is a trap that some hedging interceptor has fallen into.
@@ -431,7 +432,7 @@ func TestUnhedgedPathIsLean(t *testing.T) {
 		more = max(more, runtime.NumGoroutine()-goroutines)
 		return nil
 	}
-	allocs := testing.AllocsPerRun(1000, func() {
+	allocs := testenv.Allocs(1000, func() {
 		if err := in(ctx, get, req, res, nil, bare); err != nil {
 			t.Fatal(err)
 		}

@@ -28,6 +28,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // A fakeConn is a channel whose connections are made by hand, so that pickers can
@@ -168,7 +169,7 @@ func testPickAllocatesOnce(t *testing.T, policy string) {
 				res.Done(got)
 			}
 		}
-		if n := testing.AllocsPerRun(1000, pick); n > 1 {
+		if n := testenv.Allocs(1000, pick); n > 1 {
 			t.Errorf("%s: %v allocations, want at most 1", name, n)
 		}
 	}
@@ -513,7 +514,7 @@ func TestMethods(t *testing.T) {
 	if !m.streaming("/kv.KV/Scan") {
 		t.Error("forgotten")
 	}
-	if n := testing.AllocsPerRun(100, func() { m.streaming("/kv.KV/Scan") }); n > 0 {
+	if n := testenv.Allocs(100, func() { m.streaming("/kv.KV/Scan") }); n > 0 {
 		t.Errorf("%v allocations, want 0", n)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/bobtail-rpc/bobtail/internal/attempt"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // told makes a chooser of n members of which the given ones have reported.
@@ -351,7 +352,7 @@ func TestReplicasAreBounded(t *testing.T) {
 func TestRouteAllocatesNothing(t *testing.T) {
 	c := filled(10)
 	r := &request{intn: func(int) int { return 0 }}
-	if n := testing.AllocsPerRun(100, func() { c.route(r, bars{}) }); n != 0 {
+	if n := testenv.Allocs(100, func() { c.route(r, bars{}) }); n != 0 {
 		t.Errorf("%v allocations, want none", n)
 	}
 }

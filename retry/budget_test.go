@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // epoch0 has no monotonic reading, so every time in these tests is exact.
@@ -562,7 +564,7 @@ func TestBudgetFullSlot(t *testing.T) {
 func TestBudgetAllocatesNothing(t *testing.T) {
 	b := newBudget(t, BudgetConfig{Max: 0.5})
 	now := epoch0
-	if n := testing.AllocsPerRun(1000, func() {
+	if n := testenv.Allocs(1000, func() {
 		now = now.Add(time.Millisecond)
 		b.Deposit(now)
 		if b.TryWithdraw(now) {

@@ -18,6 +18,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 func budget(t *testing.T, limit float64) *Budget {
@@ -376,7 +377,7 @@ func TestAllocations(t *testing.T) {
 	}
 	ctx, req, res := context.Background(), &kvpb.Request{}, &kvpb.Response{}
 	noop := func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return nil }
-	n := testing.AllocsPerRun(100, func() { r.InvokeUnary(ctx, "/kv.KV/Get", req, res, nil, noop) })
+	n := testenv.Allocs(100, func() { r.InvokeUnary(ctx, "/kv.KV/Get", req, res, nil, noop) })
 	if n > 2 {
 		t.Errorf("%v allocations, want 2", n)
 	}

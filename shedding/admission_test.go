@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 func newAdmission(t testing.TB, cfg AdmissionConfig) *Admission {
@@ -405,7 +407,7 @@ func TestAdmissionDoesNotAllocate(t *testing.T) {
 	for range 5000 {
 		work()
 	}
-	if n := testing.AllocsPerRun(2000, work); n > 0 {
+	if n := testenv.Allocs(2000, work); n > 0 {
 		t.Errorf("%v allocations", n)
 	}
 }

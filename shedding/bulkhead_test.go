@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 func bulkhead(t testing.TB, places int) *Bulkhead {
@@ -171,7 +173,7 @@ func TestBulkheadRoomForAll(t *testing.T) {
 
 func TestBulkheadAllocations(t *testing.T) {
 	b := bulkhead(t, 1)
-	if n := testing.AllocsPerRun(100, func() { b.Enter(); b.Enter(); b.Leave() }); n != 0 {
+	if n := testenv.Allocs(100, func() { b.Enter(); b.Enter(); b.Leave() }); n != 0 {
 		t.Errorf("%v allocations, want 0, refused or not", n)
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // story is of a real gRPC server in virtual time: 8 workers of 10 ms each and a FIFO before
@@ -122,7 +123,7 @@ func withMixed(ctx context.Context, rng *rand.Rand) (context.Context, int) {
 // 99th percentile of those served. See TestSimOverload for what the cores do by
 // themselves, and for why a mixed load waits for longer at 1x and at 8x.
 func TestOverload(t *testing.T) {
-	if testing.Short() || underRace {
+	if testing.Short() || testenv.Race {
 		t.Skip("600,000 calls")
 	}
 	for _, policy := range []string{"none", "static", "shed", "shed, classes"} {
@@ -193,7 +194,7 @@ func TestOverload(t *testing.T) {
 func TestOverloadCriticality(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := story{load: 3, warm: 5 * time.Second, run: 20 * time.Second, call: withMixed}
-		if underRace {
+		if testenv.Race {
 			o.run = 7 * time.Second
 		}
 		var early, refused atomic.Int64
@@ -227,7 +228,7 @@ func TestOverloadTenants(t *testing.T) {
 	for _, shared := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			o := story{load: (9*64 + 800) / 800., warm: 5 * time.Second, run: 20 * time.Second}
-			if underRace {
+			if testenv.Race {
 				o.run = 10 * time.Second
 			}
 			o.call = func(ctx context.Context, rng *rand.Rand) (context.Context, int) {

@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"pgregory.net/rapid"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 func limit(t testing.TB, perSecond float64, burst int) *RateLimit {
@@ -631,15 +633,15 @@ func TestRateLimitAllocations(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 	defer cancel()
 	plenty := limit(t, 1e9, 1e9)
-	if n := testing.AllocsPerRun(100, func() { plenty.Wait(ctx) }); n != 0 {
+	if n := testenv.Allocs(100, func() { plenty.Wait(ctx) }); n != 0 {
 		t.Errorf("%v allocations for a token that is there, want 0", n)
 	}
-	if n := testing.AllocsPerRun(100, func() { plenty.Shadow(ctx) }); n != 0 {
+	if n := testenv.Allocs(100, func() { plenty.Shadow(ctx) }); n != 0 {
 		t.Errorf("%v allocations in shadow, want 0", n)
 	}
 	none := limit(t, 1e-9, 1)
 	none.Probe(time.Now())
-	if n := testing.AllocsPerRun(100, func() { none.Wait(ctx) }); n > 1 {
+	if n := testenv.Allocs(100, func() { none.Wait(ctx) }); n > 1 {
 		t.Errorf("%v allocations for a refusal, want its error only", n)
 	}
 }

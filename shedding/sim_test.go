@@ -5,6 +5,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // sim is a server in virtual time: so many workers, a FIFO before them that the admission
@@ -307,7 +309,7 @@ func (h *simHeap) pop() *job {
 // simulation: it is one goroutine.
 func long(t *testing.T) {
 	t.Helper()
-	if underRace {
+	if testenv.Race {
 		t.Skip("one goroutine, and long")
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/bobtail-rpc/bobtail/internal/grpctest"
 	"github.com/bobtail-rpc/bobtail/internal/grpctest/kvpb"
 	"github.com/bobtail-rpc/bobtail/internal/outcome"
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 // The tap refuses what is below the cursor, with a status that says what the interceptor's
@@ -174,7 +175,7 @@ func refusalCost(t testing.TB, n, rounds int, size int) (inTap, inInterceptor ti
 
 // A refusal in the tap costs less than 0.75 of one in the interceptor.
 func TestTapIsCheap(t *testing.T) {
-	if testing.Short() || underRace {
+	if testing.Short() || testenv.Race {
 		t.Skip("measures CPU time, which the race detector takes")
 	}
 	var ratio float64

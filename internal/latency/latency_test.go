@@ -11,6 +11,8 @@ import (
 	"unsafe"
 
 	"pgregory.net/rapid"
+
+	"github.com/bobtail-rpc/bobtail/internal/testenv"
 )
 
 var epoch0 = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -281,7 +283,7 @@ func TestNoAllocations(t *testing.T) {
 	tracker := New(30*time.Second, epoch0)
 	now := epoch0
 	curve, slot := tracker.published.Load(), tracker.counts.epoch(0)
-	allocs := testing.AllocsPerRun(250, func() {
+	allocs := testenv.Allocs(50, func() {
 		now = now.Add(400 * time.Millisecond)
 		tracker.Record(now, 5*time.Millisecond, false)
 		tracker.Record(now, 7*time.Millisecond, true)

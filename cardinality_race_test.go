@@ -1,5 +1,0 @@
-//go:build race
-
-package bobtail
-
-const raceDetector = true

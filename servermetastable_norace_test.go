@@ -1,5 +1,0 @@
-//go:build !race
-
-package bobtail_test
-
-const underRace = false

@@ -1,5 +1,0 @@
-//go:build race
-
-package shedding
-
-const underRace = true
