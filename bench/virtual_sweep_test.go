@@ -106,15 +106,10 @@ func TestVirtualSweep(t *testing.T) {
 					t.Errorf("%s: this is no overload", pointLine(p))
 				}
 			case times == 1:
-				// The aim is 40 ms. With classes it is met by most runs: which goroutine comes first is chance,
-				// and the p99 is 38.1 to 42.1 ms, of seeds 1 to 4 and of runs of one of them. 2.4 to 3.7% are
-				// refused, where chance alone refuses 1.5 to 3.1% of a load without.
-				bound := 40.0
-				if c.classes != nil {
-					bound = 44
-				}
-				if p.Refused > 0.03 || p.P99 == nil || *p.P99 > bound {
-					t.Errorf("%s, want at most 3%% refused, and a p99 of at most %v ms", pointLine(p), bound)
+				// Of seeds 1 to 6 the p99 is 36.9 to 37.5 ms, with classes 38.3 to 39.3, and 1.8 to 3.0%
+				// are refused, with classes 2.4 to 3.5%: by chance 810/s are offered, not 800, in the worst.
+				if p.Refused > 0.03 || p.P99 == nil || *p.P99 > 40 {
+					t.Errorf("%s, want at most 3%% refused, and a p99 of at most 40 ms", pointLine(p))
 				}
 			case c.policy == "shed+client" && c.classes != nil:
 				// The client throttles each class that is refused to about what fits, so the server sees

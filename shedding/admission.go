@@ -134,7 +134,10 @@ type Stats struct {
 // Overload is told by the wait in the queue, never by the time that requests take: it has
 // begun when the oldest has waited longer than Target for the whole of 100 ms. It has ended
 // when that was not so for as long, demand being what can be done. A burst is not one: it
-// is queued, and served in the order of arrival.
+// is queued, and served in the order of arrival. For 1.6 s after its end a quarter of the time
+// is enough for it to begin again, as CoDel goes on where it was when it has to drop within 16
+// intervals (RFC 8289, section 5): a load that just fits is over the target now and then, and half of
+// its longest waits were those of which nobody knew yet whether they were a burst.
 //
 // In an overload demand is counted by level, those refused included, and the cursor
 // stands at the lowest level that is needed to use the server up: demand at it and above
@@ -149,8 +152,8 @@ type Stats struct {
 // that drift and variance, reflected at 0 and n, loses 1% of its steps at 0 (Harrison,
 // Brownian Motion and Stochastic Flow Systems, 1985): with a shorter one slots are idle, with
 // a longer one all only wait. A load that just fits has n = s/(2 x 0.0225), which refuses
-// 2.25% of it by chance. Nobody waits longer than 1.25 times what that length takes, 0.95
-// times if the cursor is at the bottom. All this is for the lanes that do not fit: those of which
+// 2.25% of it by chance. Nobody waits longer than 1.25 times what that length takes, and no
+// longer than that if the cursor is at the bottom. All this is for the lanes that do not fit: those of which
 // the demand, with all above them, is less than 0.92 of the capacity may fill the queue and
 // wait as long as they can.
 //
@@ -180,6 +183,7 @@ type Admission struct {
 
 	overloaded   bool
 	above, below time.Time // since when the wait is over the target, or not; or zero
+	ended        time.Time // when the last overload did; or zero
 	length       int       // how many may wait now
 	fits         Level     // a lane's: it and those above may be more than length
 	cursor       Level
@@ -464,11 +468,14 @@ func (a *Admission) watch(now time.Time) {
 		if a.above.IsZero() {
 			a.above = now.Add(-over)
 		}
-		if !a.overloaded && now.Sub(a.above) >= interval {
+		again := !a.ended.IsZero() && now.Sub(a.ended) < afterglow
+		if after := now.Sub(a.above); !a.overloaded && (after >= interval || again && after >= interval/4) {
 			a.overloaded = true
 			a.event(OverloadBegan, now, 0, a.queue.Len())
-			// The server has been busy all the interval: what it did is what it can do.
-			a.flow.roll(now)
+			if !again {
+				// The server has been busy all the interval: what it did is what it can do.
+				a.flow.roll(now)
+			}
 			a.plan(now)
 		}
 		return
@@ -503,6 +510,7 @@ func (a *Admission) calm(now time.Time) {
 		waiting = a.queue.Len()
 	}
 	a.overloaded = false
+	a.ended = now
 	a.event(OverloadEnded, now, 0, waiting)
 	a.plan(now)
 }

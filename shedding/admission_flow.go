@@ -167,7 +167,7 @@ func (f *flow) plan(cfg QueueConfig) plan {
 	p.length = int(min(math.Round(max(f.needed(excess), least)), float64(cfg.MaxLength)))
 	waits := 1.25
 	if p.cursor == 0 {
-		waits = 0.95
+		waits = 1
 	}
 	p.bound = max(forRequests(waits*float64(p.length), f.capacity), cfg.Target)
 	p.newestFirst = excess > margin+leastLeft

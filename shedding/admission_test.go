@@ -186,6 +186,37 @@ func TestAdmissionOverload(t *testing.T) {
 	}
 }
 
+// Soon after its end an overload begins again in a quarter of the time, and later not.
+func TestAdmissionBeginsAgain(t *testing.T) {
+	for _, tc := range []struct {
+		pause, least, most time.Duration // from the first that has to wait
+	}{
+		{100 * ms, 25 * ms, 50 * ms},
+		{1400 * ms, 25 * ms, 50 * ms},
+		{1700 * ms, 100 * ms, 120 * ms},
+	} {
+		a := newAdmission(t, static(1, 1000))
+		overload(a, 0, 500, 3, Sheddable)
+		var m int
+		for m = 500; a.Stats().Overloaded; m++ {
+			overload(a, m, m+1, 0, Sheddable)
+			a.Tick(at(m))
+			if m > 10_000 {
+				t.Fatal("the overload does not end")
+			}
+		}
+		a.Events()
+		from := m + int(tc.pause/ms)
+		events := overload(a, from, from+200, 3, Sheddable)
+		if len(events) == 0 || events[0].Kind != OverloadBegan {
+			t.Fatalf("%v after the end: %v, want it to begin again", tc.pause, events)
+		}
+		if took := events[0].At.Sub(at(from)); took < tc.least || took > tc.most {
+			t.Errorf("%v after the end it begins again in %v, want %v to %v", tc.pause, took, tc.least, tc.most)
+		}
+	}
+}
+
 // Demand that a tap has refused counts; without it the cursor comes down.
 func TestAdmissionRefusedEarly(t *testing.T) {
 	for _, report := range []bool{true, false} {

@@ -41,6 +41,9 @@ const (
 	// (Nichols and Jacobson, 2012; RFC 8289, 4.3), and that of its use for RPC queues
 	// (Maurer, "Fail at Scale", 2015).
 	interval = 100 * time.Millisecond
+
+	// afterglow is for how long after its end an overload is told faster.
+	afterglow = 16 * interval
 )
 
 // Validate reports every fault of the configuration, joined.
