@@ -164,6 +164,7 @@ func (a *Admission) decide(now time.Time, level Level, r Request) Decision {
 	if level < a.cursor {
 		return a.refusal(BelowCursor)
 	}
+	a.flow.asked++
 	if a.busy() < a.limiter.Limit() {
 		// Nobody waits: whoever did has been let in when the slot became free.
 		a.flow.foundFree++

@@ -12,7 +12,8 @@ type flow struct {
 	start time.Time
 	come  [levels]uint32 // in this window
 	arrivals,
-	foundFree, // of them: a slot was free
+	asked, // of them: for a slot; not refused before
+	foundFree, // of those: one was free
 	completed int
 	sum, sumSq float64 // ns; of the times of those completed
 	timed      int
@@ -21,6 +22,7 @@ type flow struct {
 	demand   float64         // the sum of rates
 	capacity float64         // handlers/s; 0 until it is known
 	steady   float64         // capacity, smoothed over some seconds: probes do not show
+	room     float64         // by how much more than capacity is let in, to see whether it can be done; 0: none
 	mean     float64         // ns; of the handlers' times, smoothed; 0 until it is known
 	spread   float64         // the square of the times' coefficient of variation
 }
@@ -35,7 +37,7 @@ const (
 	idleFits   = 0.0225 // and the share of a load that just fits that may be refused
 	mostExcess = 0.5    // of demand above the cursor
 	leastLeft  = 0.2    // excess, beyond the one aimed at, that the cursor cannot take away
-	moreRoom   = 1.1    // capacity, when the queue stays short in spite of the margin
+	moreRoom   = 1.1    // of what is let in, when the queue stays short in spite of the margin
 	overAt     = 0.1    // the excess from which an overload is not over
 	roomy      = 0.92   // of the capacity: a demand that fits, as far as both are known
 
@@ -97,8 +99,9 @@ func (f *flow) roll(now time.Time) {
 	switch {
 	case f.capacity == 0:
 		f.capacity = done
-	case done > f.capacity || 10*f.foundFree <= f.arrivals:
+	case done > f.capacity || f.asked > 0 && 10*f.foundFree <= f.asked:
 		f.capacity = max(f.capacity+weight*(done-f.capacity), leastCapacity)
+		f.room *= 1 - weight
 	}
 	if f.steady == 0 {
 		f.steady = f.capacity
@@ -114,16 +117,20 @@ func (f *flow) roll(now time.Time) {
 	}
 	f.start = now
 	f.come = [levels]uint32{}
-	f.arrivals, f.foundFree, f.completed, f.timed = 0, 0, 0, 0
+	f.arrivals, f.asked, f.foundFree, f.completed, f.timed = 0, 0, 0, 0, 0
 	f.sum, f.sumSq = 0, 0
 }
 
-// excess is by what fraction of the capacity demand is more than it; 0 if it is not known.
+// hoped is the capacity, and the room that is tried.
+func (f *flow) hoped() float64 { return f.capacity * (1 + f.room) }
+
+// excess is by what fraction of the capacity that is hoped for demand is more than it; 0 if it
+// is not known.
 func (f *flow) excess() float64 {
 	if f.capacity <= 0 {
 		return 0
 	}
-	return f.demand/f.capacity - 1
+	return f.demand/f.hoped() - 1
 }
 
 // plan is what an overload is met with.
@@ -150,7 +157,7 @@ func (f *flow) plan(cfg QueueConfig) plan {
 	var p plan
 	kept, level := 0.0, Level(levels)
 	p.fits = levels
-	for level > 0 && kept < (1+margin)*f.capacity {
+	for level > 0 && kept < (1+margin)*f.hoped() {
 		level--
 		kept += f.rates[level]
 		if level%Cohorts == 0 && kept < roomy*max(f.capacity, f.steady) {
@@ -162,7 +169,7 @@ func (f *flow) plan(cfg QueueConfig) plan {
 	}
 	excess := kept/f.capacity - 1
 	if p.cursor == 0 {
-		excess = f.excess()
+		excess = f.demand/f.capacity - 1
 	}
 	p.length = int(min(math.Round(max(f.needed(excess), least)), float64(cfg.MaxLength)))
 	waits := 1.25

@@ -13,6 +13,7 @@ func (a *Admission) watch(now time.Time) {
 		again := !a.ended.IsZero() && now.Sub(a.ended) < afterglow
 		if after := now.Sub(a.above); !a.overloaded && (after >= interval || again && after >= interval/4) {
 			a.overloaded = true
+			a.flow.room = 0
 			a.event(OverloadBegan, now, 0, a.queue.Len())
 			if !again {
 				// The server has been busy all the interval: what it did is what it can do.
@@ -30,16 +31,14 @@ func (a *Admission) watch(now time.Time) {
 		return
 	}
 	a.below = now
-	if a.cursor == 0 {
-		// A queue that is cut short is short, however much is refused.
-		if a.flow.excess() < overAt {
-			a.calm(now)
-		}
+	// A queue that is cut short is short, however much is refused.
+	if a.cursor == 0 && a.flow.excess() < overAt {
+		a.calm(now)
 		return
 	}
-	// It is the cursor that keeps the queue short. Whether the server can do more now is
-	// found out by letting in more.
-	a.flow.capacity *= moreRoom
+	// Whether the server can do more now is found out by letting in more. What it is known to do
+	// stays as it is: a queue planned for what is only hoped for would be too long.
+	a.flow.room = (1+a.flow.room)*moreRoom - 1
 	a.plan(now)
 }
 

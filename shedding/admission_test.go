@@ -217,6 +217,42 @@ func TestAdmissionBeginsAgain(t *testing.T) {
 	}
 }
 
+// While an overload ends more and more is let in, to see what the server can do. What it is known
+// to do stays: if it did not, the next overload would be met with a queue for many times that, and
+// with classes that seem to fit.
+func TestRoomIsNoCapacity(t *testing.T) {
+	a := newAdmission(t, static(1, 1000))
+	overload(a, 0, 1000, 10, Sheddable)
+	known := a.Stats().Capacity
+	m := 1000
+	for ; a.Stats().Overloaded; m++ {
+		// Half of what it can do, in which nothing can be seen of the rest.
+		overload(a, m, m+1, m%2, Sheddable)
+		a.Tick(at(m))
+		if m > 10_000 {
+			t.Fatal("the overload does not end")
+		}
+	}
+	if got := a.Stats().Capacity; got > 1.1*known || got < 0.9*known {
+		t.Errorf("capacity %.0f/s after the overload, was %.0f/s", got, known)
+	}
+	var longest time.Duration
+	for end := m + 500; m < end; m++ {
+		for i := range 2 {
+			a.Arrive(at(m), Request{Criticality: Sheddable, Cohort: uint32(2*m + i)})
+		}
+		a.Done(at(m), ms, Served)
+		for _, s := range a.Settled() {
+			if s.Verb == Admitted {
+				longest = max(longest, s.Wait)
+			}
+		}
+	}
+	if longest > 35*ms {
+		t.Errorf("in the next one somebody waits %v and is admitted, want no more than the 25 ms until it is told", longest)
+	}
+}
+
 // Demand that a tap has refused counts; without it the cursor comes down.
 func TestAdmissionRefusedEarly(t *testing.T) {
 	for _, report := range []bool{true, false} {
