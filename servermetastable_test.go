@@ -85,7 +85,7 @@ func TestMetastable(t *testing.T) {
 			}
 		}
 	})
-	for _, tc := range []struct{ tries, within int }{{1, 5}, {2, 10}} {
+	for _, tc := range []struct{ tries, within int }{{1, 5}, {2, 8}} {
 		synctest.Test(t, func(t *testing.T) {
 			client, err := bobtail.NewClient(bobtail.DefaultPolicy(), bobtail.WithLogger(nil))
 			if err != nil {
