@@ -1,11 +1,7 @@
 package retry
 
 import (
-	"context"
-
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/bobtail-rpc/bobtail/internal/permethod"
 	"github.com/bobtail-rpc/bobtail/internal/rpc"
@@ -18,45 +14,17 @@ import (
 // With a faulty cfg every call fails with INTERNAL and names the fault;
 // [Config.Validate] tells it at the start.
 func UnaryClientInterceptor(cfg Config) grpc.UnaryClientInterceptor {
-	m := newMethods(cfg)
-	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
-		invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if m.err != nil {
-			rpc.Finish(opts, m.err)
-			return m.err
-		}
-		return m.Of(cc, method).InvokeUnary(ctx, method, req, reply, cc, invoker, opts...)
-	}
+	return rpc.Unary(retriers(cfg).Of, cfg.Validate())
 }
 
 // StreamClientInterceptor is [UnaryClientInterceptor] for streams: a server-streaming
 // call is retried until its first message, see [Retrier.OpenStream]. Client- and
 // bidi-streaming calls pass.
 func StreamClientInterceptor(cfg Config) grpc.StreamClientInterceptor {
-	m := newMethods(cfg)
-	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string,
-		streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-		if desc.ClientStreams || !desc.ServerStreams {
-			return streamer(ctx, desc, cc, method, opts...)
-		}
-		if m.err != nil {
-			rpc.Finish(opts, m.err)
-			return nil, m.err
-		}
-		return m.Of(cc, method).OpenStream(ctx, desc, cc, method, streamer, opts...)
-	}
+	return rpc.Stream(retriers(cfg).Of, cfg.Validate())
 }
 
-// methods has a Retrier for each method of each target. A retrier takes about 64 KiB.
-type methods struct {
-	*permethod.Map[*Retrier]
-	err error
-}
-
-func newMethods(cfg Config) *methods {
-	m := &methods{Map: permethod.New(func(string) *Retrier { return build(cfg) })}
-	if err := cfg.Validate(); err != nil {
-		m.err = status.Error(codes.Internal, err.Error())
-	}
-	return m
+// retriers has a Retrier for each method of each target. A retrier takes about 64 KiB.
+func retriers(cfg Config) *permethod.Map[*Retrier] {
+	return permethod.New(func(string) *Retrier { return build(cfg) })
 }
