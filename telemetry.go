@@ -67,7 +67,7 @@ func (c *Client) observe() {
 	}
 	c.hedgeReports = both(func(ctx context.Context, r hedging.Report) {
 		if o := observedBy(ctx); o != nil {
-			o.Hedged(r.Attempts-1, r.Delay, string(r.Suppressed))
+			o.Hedged(r.Attempts-1, r.Delay, string(r.Suppressed), r.SuppressedAt)
 		}
 	}, c.hedgeReports)
 	c.retryReports = both(func(ctx context.Context, r retry.Report) {

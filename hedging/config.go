@@ -152,6 +152,8 @@ type Report struct {
 	Delay time.Duration
 	// Suppressed is why the last hedge that was due was not sent, or "".
 	Suppressed Reason
+	// SuppressedAt is when that was; the zero time if Suppressed is "".
+	SuppressedAt time.Time
 }
 
 // Validate reports every fault of the configuration, joined.

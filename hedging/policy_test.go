@@ -188,6 +188,7 @@ func TestSuppressed(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var got []hedging.Report
+				begin := time.Now()
 				cfg := tc.cfg
 				cfg.MaxAttempts, cfg.Delay = 2, 10*ms
 				cfg.Report = func(_ context.Context, r hedging.Report) { got = append(got, r) }
@@ -196,6 +197,12 @@ func TestSuppressed(t *testing.T) {
 				}
 				want := tc.want
 				want.Method, want.Delay = get, 10*ms
+				switch want.Suppressed {
+				case hedging.NoBudget:
+					want.SuppressedAt = begin.Add(80 * ms) // asked for the fourth time
+				case hedging.InShadow, hedging.Nested:
+					want.SuppressedAt = begin.Add(10 * ms)
+				}
 				if len(got) != 1 || got[0] != want {
 					t.Errorf("reports %+v, want once %+v", got, want)
 				}

@@ -54,6 +54,7 @@ type race struct {
 type rare struct {
 	hedges     []*branch // all attempts but the first
 	suppressed Reason
+	notAt      time.Duration // when that was
 	leader     *branch       // for whose sake others were withdrawn
 	woken      chan struct{} // closed when the race is decided, if the caller waits
 }
@@ -64,6 +65,12 @@ func (r *race) needs() *rare {
 		r.rare = &rare{}
 	}
 	return r.rare
+}
+
+// suppress notes why a hedge that was due at now was not sent. The lock is held.
+func (r *race) suppress(why Reason, now time.Duration) {
+	n := r.needs()
+	n.suppressed, n.notAt = why, now
 }
 
 // operation is the part of a race that differs between unary calls, streams and
@@ -208,7 +215,7 @@ func (r *race) attempt(b *branch) *branch {
 	unsent := b.err != nil && (b.attempt.Unsent() || b.nowhere(code))
 	switch {
 	case unsent && b.withdrawn:
-		r.retract(b)
+		r.retract(b, now)
 		return nil
 	case unsent:
 		return r.takeBack(b, now)
@@ -274,7 +281,7 @@ func (r *race) judge(b *branch, code codes.Code, now time.Duration) result {
 		res.wait, res.hasWait = outcome.RetryDelay(b.err)
 	}
 	if p.Stop && res.class == nonFatal {
-		r.needs().suppressed = Pushback
+		r.suppress(Pushback, now)
 	}
 	return res
 }
@@ -285,7 +292,7 @@ func (r *race) takeBack(b *branch, now time.Duration) *branch {
 		r.h.cfg.Budget.GiveBack(r.begun.Add(b.started))
 	}
 	if !r.core.over {
-		r.needs().suppressed = NoBackend
+		r.suppress(NoBackend, now)
 	}
 	return r.follow(r.core.unsent(now, b.number(), r), now, b.inline)
 }
@@ -427,19 +434,19 @@ func (r *race) permit(now time.Duration, first bool) verdict {
 	cfg := &r.h.cfg
 	switch {
 	case attempt.IsExtra(r.ctx):
-		r.needs().suppressed = Nested
+		r.suppress(Nested, now)
 	case r.h.pointless(r.begun.Add(now), r.core.deadline-now):
-		r.needs().suppressed = NoTime
+		r.suppress(NoTime, now)
 	case cfg.Throttle != nil && !cfg.Throttle.Allow():
 		// A6: "The hedged request is cancelled, and if there are no other
 		// already-sent hedged RPCs the failure is returned".
-		r.needs().suppressed = Throttled
+		r.suppress(Throttled, now)
 	case cfg.Shadow:
-		r.needs().suppressed = InShadow
+		r.suppress(InShadow, now)
 	case r.h.afford(r.begun.Add(now), first):
 		return send
 	default:
-		r.needs().suppressed = NoBudget
+		r.suppress(NoBudget, now)
 		return later
 	}
 	return never
@@ -454,7 +461,9 @@ func (r *race) report() {
 	rep := Report{Method: r.attempts.Method, Attempts: int(r.core.sent) + int(r.core.withdrawn),
 		Withdrawn: int(r.core.withdrawn), Delay: r.core.delay}
 	if r.rare != nil {
-		rep.Suppressed = r.rare.suppressed
+		if rep.Suppressed = r.rare.suppressed; rep.Suppressed != "" {
+			rep.SuppressedAt = r.begun.Add(r.rare.notAt)
+		}
 	}
 	if r.decided != nil {
 		rep.Winner = r.decided.attempt.Number

@@ -153,13 +153,13 @@ func (r *race) afterAll(b *branch, now time.Duration, code codes.Code) *branch {
 // retract takes back b, which was withdrawn, and which then had nowhere to go: it was never
 // launched. The token is that of the copy, which of the two b is does not matter: whatever
 // the servers tell, the work is done once. The lock is held.
-func (r *race) retract(b *branch) {
+func (r *race) retract(b *branch, now time.Duration) {
 	r.core.withdrawn--
 	if k := b.number(); k == r.core.number && k > 1 {
 		r.core.number--
 	}
 	if !r.core.over {
-		r.needs().suppressed = NoBackend
+		r.suppress(NoBackend, now)
 	}
 	paid := b
 	if b == &r.first {

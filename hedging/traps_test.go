@@ -462,6 +462,7 @@ func TestUnsent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &ledger{tokens: 1}
 		var rep hedging.Report
+		begin := time.Now()
 		cfg := hedging.Config{MaxAttempts: 3, Delay: 10 * ms, Budget: b,
 			Report: func(_ context.Context, r hedging.Report) { rep = r }}
 		res := &kvpb.Response{}
@@ -482,7 +483,7 @@ func TestUnsent(t *testing.T) {
 		if b.deposits != 1 || b.withdrawn != 1 || b.given != 1 || b.tokens != 1 {
 			t.Errorf("budget %+v, want one deposit, one withdrawal, given back", b)
 		}
-		want := hedging.Report{Method: get, Attempts: 1, Winner: 1, Delay: 10 * ms, Suppressed: hedging.NoBackend}
+		want := hedging.Report{Method: get, Attempts: 1, Winner: 1, Delay: 10 * ms, Suppressed: hedging.NoBackend, SuppressedAt: begin.Add(11 * ms)}
 		if rep != want {
 			t.Errorf("report %+v, want %+v", rep, want)
 		}

@@ -76,8 +76,8 @@ func setStatus(span trace.Span, code codes.Code, message string) {
 }
 
 // Hedged tells what hedging did: how many attempts followed the first, at which delay
-// (negative: unknown), and why the last hedge that was due was not sent, or "".
-func (c *Call) Hedged(extra int, delay time.Duration, suppressed string) {
+// (negative: unknown), and why and when the last hedge that was due was not sent, or "".
+func (c *Call) Hedged(extra int, delay time.Duration, suppressed string, at time.Time) {
 	if extra > 0 {
 		c.m.t.hedges.Record(c.Context, int64(extra), c.m.base.record...)
 	}
@@ -92,7 +92,7 @@ func (c *Call) Hedged(extra int, delay time.Duration, suppressed string) {
 		c.span.SetAttributes(attribute.Float64(attrHedging, delay.Seconds()))
 	}
 	if suppressed != "" {
-		c.span.AddEvent(eventHedgeSuppressed, trace.WithAttributes(attribute.String(attrReason, suppressed)))
+		c.span.AddEvent(eventHedgeSuppressed, trace.WithTimestamp(at), trace.WithAttributes(attribute.String(attrReason, suppressed)))
 	}
 }
 

@@ -57,7 +57,7 @@ func TestInstruments(t *testing.T) {
 	c.Begin(ctx, m, "/kv.KV/Get")
 	_, a := c.Attempt(ctx, 1, First)
 	a.End(Won, codes.OK, "", "10.0.0.7:443")
-	c.Hedged(1, time.Second, "budget")
+	c.Hedged(1, time.Second, "budget", time.Now())
 	c.Retried(1, time.Second, "budget")
 	c.Refused("THROTTLED", false)
 	c.End(codes.OK, "")
