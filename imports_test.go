@@ -22,7 +22,7 @@ const module = "github.com/bobtail-rpc/bobtail"
 var policies = []string{"retry", "hedging", "breaker", "loadbalance", "shedding", "fanout"}
 
 // foundations are the packages that stand below the policies.
-var foundations = []string{"internal/attempt", "internal/outcome", "internal/latency", "internal/permethod", "internal/rpc"}
+var foundations = []string{"internal/attempt", "internal/outcome", "internal/latency", "internal/permethod", "internal/rpc", "internal/strictjson"}
 
 // An arrow says that a non-test file of package from imports package to. Packages
 // of this module are named by their folder ("." is the root), others in full.
@@ -30,7 +30,7 @@ type arrow struct{ from, to string }
 
 // broken says which rule of the house an arrow breaks, or "". Imports go down only:
 //
-//	bench, examples -> root -> policies -> internal/{attempt, outcome, latency, permethod, rpc}
+//	bench, examples -> root -> policies -> internal/{attempt, outcome, latency, permethod, rpc, strictjson}
 //
 // and the root alone has telemetry beside the policies.
 func broken(a arrow) string {
@@ -71,7 +71,7 @@ func broken(a arrow) string {
 		if top(a.to) == top(a.from) || slices.Contains(foundations, a.to) {
 			return ""
 		}
-		return "a policy package imports internal/{attempt, outcome, latency, permethod, rpc} and nothing else of the house"
+		return "a policy package imports internal/{attempt, outcome, latency, permethod, rpc, strictjson} and nothing else of the house"
 	case slices.Contains(foundations, a.from) || a.from == "internal/telemetry":
 		return "a foundation imports nothing of the house"
 	}
@@ -163,6 +163,8 @@ func TestImportRules(t *testing.T) {
 		{"fanout", "bench/load", false},
 		{"internal/latency", "math", true},
 		{"internal/latency", "internal/attempt", false},
+		{"loadbalance", "internal/strictjson", true},
+		{"internal/strictjson", "internal/latency", false},
 		{"internal/attempt", "hedging", false},
 		{"internal/telemetry", "go.opentelemetry.io/otel", true},
 		{"internal/telemetry", "hedging", false},

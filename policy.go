@@ -2,7 +2,6 @@ package bobtail
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/bobtail-rpc/bobtail/breaker"
 	"github.com/bobtail-rpc/bobtail/hedging"
+	"github.com/bobtail-rpc/bobtail/internal/strictjson"
 	"github.com/bobtail-rpc/bobtail/loadbalance"
 	"github.com/bobtail-rpc/bobtail/retry"
 	"github.com/bobtail-rpc/bobtail/shedding"
@@ -120,20 +120,17 @@ func DefaultPolicy() Policy {
 // with its JSON path, the value and what is wanted there; unknown, null and
 // duplicate keys are faults.
 func ParsePolicy(text []byte) (Policy, error) {
-	d := &document{what: "policy"}
 	p := Policy{names: map[string]int{}}
-	if root := d.parse(text); root != nil {
-		d.policy(&p, &reader{d: d, o: root})
-	}
-	if err := errors.Join(d.faults...); err != nil {
+	err := strictjson.Read(text, "bobtail: policy", func(o *strictjson.Object) { p.read(&reader{o}) })
+	if err != nil {
 		return Policy{}, err
 	}
 	return p, nil
 }
 
-func (d *document) policy(p *Policy, r *reader) {
+func (p *Policy) read(r *reader) {
 	passed := map[string]json.RawMessage{}
-	d.balancing(p, r, passed)
+	p.readBalancing(r, passed)
 	if t := r.object("retryThrottling"); t != nil {
 		p.throttle = t.throttling()
 	}
@@ -145,19 +142,17 @@ func (d *document) policy(p *Policy, r *reader) {
 		if name, ok := h.text("serviceName"); ok {
 			passed["healthCheckConfig"] = mustJSON(map[string]string{"serviceName": name})
 		}
-		h.end()
+		h.End()
 	}
 	var methods []map[string]json.RawMessage
 	hands := false
-	l, _ := r.list("methodConfig")
-	for i, n := range l {
-		e := d.reader(fmt.Sprintf("methodConfig[%d]", i), n)
-		if handed := p.entry(e, m); handed != nil {
+	for _, v := range r.Key("methodConfig").List() {
+		if handed := p.entry(readerOf(v), m); handed != nil {
 			methods = append(methods, handed)
 			hands = hands || len(handed) > 1
 		}
 	}
-	r.end()
+	r.End()
 	if hands {
 		// All of them: an entry that hands nothing down still shadows a broader
 		// one that does.
@@ -168,8 +163,8 @@ func (d *document) policy(p *Policy, r *reader) {
 	}
 }
 
-// balancing reads which policy chooses backends.
-func (d *document) balancing(p *Policy, r *reader, passed map[string]json.RawMessage) {
+// readBalancing reads which policy chooses backends.
+func (p *Policy) readBalancing(r *reader, passed map[string]json.RawMessage) {
 	old, named := r.text("loadBalancingPolicy")
 	if named {
 		// Of the proto enum that came before the name: "ROUND_ROBIN".
@@ -177,39 +172,38 @@ func (d *document) balancing(p *Policy, r *reader, passed map[string]json.RawMes
 			old = lower
 		}
 		if balancer.Get(old) == nil {
-			r.fault("loadBalancingPolicy", "%q is no registered balancer, want for instance %q", old, loadbalance.P2CName)
+			r.Fault("loadBalancingPolicy", "%q is no registered balancer, want for instance %q", old, loadbalance.P2CName)
 		}
 		passed["loadBalancingPolicy"] = mustJSON(old)
 		p.named = true
 	}
-	l, ok := r.list("loadBalancingConfig")
-	if !ok {
+	l := r.Key("loadBalancingConfig")
+	choices := l.List()
+	if choices == nil {
 		p.ownBalancer = !p.named || strings.HasPrefix(old, "bobtail_")
 		return
 	}
-	p.balancing = string(encode(l))
+	p.balancing = string(l.JSON())
 	chosen := ""
-	for i, n := range l {
-		at := fmt.Sprintf("loadBalancingConfig[%d]", i)
-		o, ok := n.(*object)
-		if !ok || len(o.keys) != 1 {
-			d.fault(at, "want an object with one key, the name of a balancer")
+	for _, c := range choices {
+		name, config, ok := c.Only()
+		if !ok {
+			c.Fault("want an object with one key, the name of a balancer")
 			continue
 		}
-		name := o.keys[0]
 		b := balancer.Get(name)
 		if b == nil || chosen != "" {
 			continue // grpc takes the first that it knows
 		}
 		chosen = name
 		if parser, ok := b.(balancer.ConfigParser); ok {
-			if _, err := parseBalancer(parser, encode(o.fields[name])); err != nil {
-				d.fault(at+"."+name, "%w", err)
+			if _, err := parseBalancer(parser, config.JSON()); err != nil {
+				config.Fault("%w", err)
 			}
 		}
 	}
 	if chosen == "" {
-		d.fault("loadBalancingConfig", "no balancer of it is registered, want for instance %q", loadbalance.P2CName)
+		l.Fault("no balancer of it is registered, want for instance %q", loadbalance.P2CName)
 	}
 	p.ownBalancer = strings.HasPrefix(chosen, "bobtail_")
 }
@@ -233,7 +227,7 @@ func (r *reader) mode(absent mode) mode {
 	case modeOn, modeShadow, modeOff:
 		return m
 	}
-	r.fault("mode", "%q, want %q, %q or %q", s, modeOn, modeShadow, modeOff)
+	r.Fault("mode", "%q, want %q, %q or %q", s, modeOn, modeShadow, modeOff)
 	return absent
 }
 
@@ -241,15 +235,16 @@ func (r *reader) mode(absent mode) mode {
 // its names and the keys handed down, nil if it has no name.
 func (p *Policy) entry(r *reader, above mode) map[string]json.RawMessage {
 	var e entry
-	names, _ := r.list("name")
-	for i, n := range names {
-		p.name(r.d.reader(fmt.Sprintf("%s.name[%d]", r.path, i), n))
+	names := r.Key("name")
+	named := names.List()
+	for _, n := range named {
+		p.name(readerOf(n))
 	}
 	e.timeout, _ = r.duration("timeout", "more than 0s", above0)
-	e.idempotent, _ = r.boolean("idempotent")
+	e.idempotent, _ = r.Key("idempotent").Bool()
 	e.mode = r.mode(above)
-	if r.has("hedgingPolicy") && r.has("retryPolicy") {
-		r.fault("", "retryPolicy and hedgingPolicy together, want one of them")
+	if r.Has("hedgingPolicy") && r.Has("retryPolicy") {
+		r.Fault("", "retryPolicy and hedgingPolicy together, want one of them")
 	}
 	if h := r.object("hedgingPolicy"); h != nil {
 		e.hedging = h.hedging()
@@ -270,8 +265,8 @@ func (p *Policy) entry(r *reader, above mode) map[string]json.RawMessage {
 	e.maxInFlight = int(n)
 
 	handed := map[string]json.RawMessage{}
-	if _, ok := r.boolean("waitForReady"); ok {
-		handed["waitForReady"], _ = r.pass("waitForReady")
+	if wait, ok := r.Key("waitForReady").Bool(); ok {
+		handed["waitForReady"] = mustJSON(wait)
 	}
 	for _, k := range []string{"maxRequestMessageBytes", "maxResponseMessageBytes"} {
 		v, ok := r.number(k, "an integer in [0, 2^53]", func(v float64) bool {
@@ -281,32 +276,32 @@ func (p *Policy) entry(r *reader, above mode) map[string]json.RawMessage {
 			handed[k] = mustJSON(int64(v)) // grpc-go does not read numbers in strings
 		}
 	}
-	r.end()
+	r.End()
 	p.entries = append(p.entries, e)
-	if len(names) == 0 {
+	if len(named) == 0 {
 		return nil // it applies to nothing, as in gRPC
 	}
-	handed["name"] = encode(names)
+	handed["name"] = names.JSON()
 	return handed
 }
 
 func (p *Policy) name(r *reader) {
 	service, _ := r.text("service")
 	method, _ := r.text("method")
-	r.end()
+	r.End()
 	path := ""
 	switch {
 	case service == "" && method != "":
-		r.fault("method", "%q without a service", method)
+		r.Fault("method", "%q without a service", method)
 		return
 	case strings.Contains(service, "/") || strings.Contains(method, "/"):
-		r.fault("", "%q, want names without a slash", service+"/"+method)
+		r.Fault("", "%q, want names without a slash", service+"/"+method)
 		return
 	case service != "":
 		path = "/" + service + "/" + method
 	}
 	if _, dup := p.names[path]; dup {
-		r.fault("", "%q has an entry already", strings.TrimPrefix(path, "/"))
+		r.Fault("", "%q has an entry already", strings.TrimPrefix(path, "/"))
 		return
 	}
 	p.names[path] = len(p.entries)

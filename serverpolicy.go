@@ -1,11 +1,10 @@
 package bobtail
 
 import (
-	"errors"
-	"fmt"
 	"strings"
 	"time"
 
+	"github.com/bobtail-rpc/bobtail/internal/strictjson"
 	"github.com/bobtail-rpc/bobtail/shedding"
 )
 
@@ -50,18 +49,18 @@ func DefaultServerPolicy() ServerPolicy {
 // each with its JSON path, the value and what is wanted there; unknown, null and duplicate
 // keys are faults.
 func ParseServerPolicy(text []byte) (ServerPolicy, error) {
-	d := &document{what: "server policy"}
 	var p ServerPolicy
-	if root := d.parse(text); root != nil {
-		p = (&reader{d: d, o: root}).serverPolicy()
-	}
-	if len(d.faults) == 0 {
+	err := strictjson.Read(text, "bobtail: server policy", func(o *strictjson.Object) {
+		p = (&reader{o}).serverPolicy()
+		if o.Faults() > 0 {
+			return
+		}
 		// Nothing that the readers let through: package shedding has the last word.
 		if err := p.admission.Validate(); err != nil {
-			d.fault("", "%w", err)
+			o.Fault("", "%w", err)
 		}
-	}
-	if err := errors.Join(d.faults...); err != nil {
+	})
+	if err != nil {
 		return ServerPolicy{}, err
 	}
 	return p, nil
@@ -77,33 +76,33 @@ func (r *reader) serverPolicy() ServerPolicy {
 	}
 	if t := r.object("tenants"); t != nil {
 		p.admission.Tenants = t.tenants()
-	} else if q := p.admission.Queue; q != nil && q.Shards > 1 && !r.has("tenants") {
-		r.fault("tenants", "missing, want it beside queue.shards: it is tenants that are dealt queues")
+	} else if q := p.admission.Queue; q != nil && q.Shards > 1 && !r.Has("tenants") {
+		r.Fault("tenants", "missing, want it beside queue.shards: it is tenants that are dealt queues")
 	}
 	p.admission.Exempt = r.exempt()
 	if s, ok := r.text("maxCriticality"); ok {
 		c, ok := shedding.ParseCriticality(s)
 		if !ok {
-			r.fault("maxCriticality", "%q, want %q, %q, %q or %q", s,
+			r.Fault("maxCriticality", "%q, want %q, %q, %q or %q", s,
 				shedding.CriticalPlus, shedding.Critical, shedding.SheddablePlus, shedding.Sheddable)
 		}
 		p.admission.MaxCriticality = &c
 	}
-	p.loadReport, _ = r.boolean("loadReport")
-	r.end()
+	p.loadReport, _ = r.Key("loadReport").Bool()
+	r.End()
 	return p
 }
 
 // limiter reads the object that says how many handlers run at once.
 func (r *reader) limiter() (c shedding.LimiterConfig) {
-	defer r.end()
-	before := len(r.d.faults)
+	defer r.End()
+	before := r.Faults()
 	if s, ok := r.text("algorithm"); ok {
 		switch a := shedding.Algorithm(s); a {
 		case shedding.Gradient, shedding.Vegas, shedding.AIMD, shedding.Static:
 			c.Algorithm = a
 		default:
-			r.fault("algorithm", "%q, want %q, %q, %q or %q", s, shedding.Gradient, shedding.Vegas, shedding.AIMD, shedding.Static)
+			r.Fault("algorithm", "%q, want %q, %q, %q or %q", s, shedding.Gradient, shedding.Vegas, shedding.AIMD, shedding.Static)
 		}
 	}
 	for _, f := range []struct {
@@ -113,20 +112,20 @@ func (r *reader) limiter() (c shedding.LimiterConfig) {
 		n, _ := r.number(f.key, "an integer in [1, 1000000]", whole(1, 1e6))
 		*f.to = int(n)
 	}
-	if len(r.d.faults) > before {
+	if r.Faults() > before {
 		return c // what follows would compare with values that are not there
 	}
 	if c.Algorithm == shedding.Static {
-		r.need("limit")
+		r.Need("limit")
 		for _, k := range []string{"initial", "min", "max"} {
-			if r.has(k) {
-				r.fault(k, "moves a limit, want none with algorithm %q", shedding.Static)
+			if r.Has(k) {
+				r.Fault(k, "moves a limit, want none with algorithm %q", shedding.Static)
 			}
 		}
 		return c
 	}
-	if r.has("limit") {
-		r.fault("limit", "%d, want it with algorithm %q only", c.Limit, shedding.Static)
+	if r.Has("limit") {
+		r.Fault("limit", "%d, want it with algorithm %q only", c.Limit, shedding.Static)
 	}
 	// The defaults of shedding.LimiterConfig.
 	lo := max(c.Min, 1)
@@ -136,17 +135,17 @@ func (r *reader) limiter() (c shedding.LimiterConfig) {
 	}
 	switch {
 	case hi < lo:
-		r.fault("max", "%d, want at least min %d", hi, lo)
-	case r.has("initial") && (c.Initial < lo || c.Initial > hi):
-		r.fault("initial", "%d, want [min %d, max %d]", c.Initial, lo, hi)
+		r.Fault("max", "%d, want at least min %d", hi, lo)
+	case r.Has("initial") && (c.Initial < lo || c.Initial > hi):
+		r.Fault("initial", "%d, want [min %d, max %d]", c.Initial, lo, hi)
 	}
 	return c
 }
 
 // queue reads the object that says who waits for a slot.
 func (r *reader) queue() *shedding.QueueConfig {
-	defer r.end()
-	before := len(r.d.faults)
+	defer r.End()
+	before := r.Faults()
 	var c shedding.QueueConfig
 	n, _ := r.number("maxLength", "an integer in [1, 100000]", whole(1, 1e5))
 	c.MaxLength = int(n)
@@ -155,36 +154,36 @@ func (r *reader) queue() *shedding.QueueConfig {
 	shards, _ := r.number("shards", "an integer in [1, 256]", whole(1, 256))
 	hand, _ := r.number("hand", "an integer in [1, 8]", whole(1, 8))
 	c.Shards, c.Hand = int(shards), int(hand)
-	if len(r.d.faults) == before && c.Hand > max(c.Shards, 1) {
-		r.fault("hand", "%d, want at most shards %d", c.Hand, max(c.Shards, 1))
+	if r.Faults() == before && c.Hand > max(c.Shards, 1) {
+		r.Fault("hand", "%d, want at most shards %d", c.Hand, max(c.Shards, 1))
 	}
 	switch {
-	case len(r.d.faults) > before || !r.has("target"):
+	case r.Faults() > before || !r.Has("target"):
 	case c.MaxWait == 0 && c.Target > 100*time.Millisecond:
-		r.fault("target", "%v, want at most the default maxWait %v", c.Target, 100*time.Millisecond)
+		r.Fault("target", "%v, want at most the default maxWait %v", c.Target, 100*time.Millisecond)
 	case c.MaxWait > 0 && c.Target > c.MaxWait:
-		r.fault("target", "%v, want at most maxWait %v", c.Target, c.MaxWait)
+		r.Fault("target", "%v, want at most maxWait %v", c.Target, c.MaxWait)
 	}
 	return &c
 }
 
 // tenants reads the object that says what each tenant may ask for.
 func (r *reader) tenants() *shedding.TenantsConfig {
-	defer r.end()
+	defer r.End()
 	var c shedding.TenantsConfig
 	var ok bool
 	if c.MetadataKey, ok = r.text("metadataKey"); ok && !isMetadataKey(c.MetadataKey) {
-		r.fault("metadataKey", "%q, want a key of gRPC metadata such as %q: of letters, digits, '-', '_' and '.', not beginning with \"grpc-\"", c.MetadataKey, "x-tenant-id")
+		r.Fault("metadataKey", "%q, want a key of gRPC metadata such as %q: of letters, digits, '-', '_' and '.', not beginning with \"grpc-\"", c.MetadataKey, "x-tenant-id")
 	}
 	c.PerSecond, _ = r.number("perSecond", "[0.001, 1000000000]", func(v float64) bool { return v >= 0.001 && v <= 1e9 })
 	n, _ := r.number("burst", "an integer in [1, 1000000000]", whole(1, 1e9))
 	c.Burst = int(n)
-	if r.has("burst") && !r.has("perSecond") {
-		r.fault("burst", "of what? want perSecond beside it")
+	if r.Has("burst") && !r.Has("perSecond") {
+		r.Fault("burst", "of what? want perSecond beside it")
 	}
 	n, _ = r.number("max", "an integer in [1, 1000000]", whole(1, 1e6))
 	c.Max = int(n)
-	r.need("metadataKey")
+	r.Need("metadataKey")
 	return &c
 }
 
@@ -197,19 +196,16 @@ func isMetadataKey(s string) bool {
 
 // exempt reads the list of what is never refused.
 func (r *reader) exempt() []string {
-	l, _ := r.list("exempt")
 	var names []string
 	seen := map[string]bool{}
-	for i, n := range l {
-		at := fmt.Sprintf("exempt[%d]", i)
-		s, ok := n.(string)
+	for _, v := range r.Key("exempt").List() {
+		s, ok := v.Text("a string")
 		switch {
 		case !ok:
-			r.fault(at, "%s, want a string", kind(n))
 		case !isMethodPattern(s):
-			r.fault(at, "%q, want %q or %q", s, "/package.Service/Method", "/package.Service/*")
+			v.Fault("%q, want %q or %q", s, "/package.Service/Method", "/package.Service/*")
 		case seen[s]:
-			r.fault(at, "%q is in the list already", s)
+			v.Fault("%q is in the list already", s)
 		default:
 			names = append(names, s)
 			seen[s] = true

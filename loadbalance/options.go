@@ -1,11 +1,12 @@
 package loadbalance
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
 	"math"
+	"strings"
 	"time"
+
+	"github.com/bobtail-rpc/bobtail/internal/strictjson"
 )
 
 // A document is a configuration as it was written. grpc's xDS balancers write out what
@@ -53,109 +54,107 @@ func defaultOptions() options {
 	}
 }
 
-// parsers returns the parsers of the options' keys.
-func (o *options) parsers() map[string]func(json.RawMessage) error {
-	return map[string]func(json.RawMessage) error{
-		"maxInFlight": whole(&o.maxInFlight, 1, 1e9),
-		"slowStart": object(map[string]func(json.RawMessage) error{
-			"window":     duration(&o.slowStart.window, 0, time.Hour),
-			"aggression": number(&o.slowStart.aggression, above(0), 100),
-		}),
-		"ejection": object(map[string]func(json.RawMessage) error{
-			"latencyFactor":      number(&o.ejection.latencyFactor, above(1), 1000),
-			"latencyFloor":       duration(&o.ejection.latencyFloor, 0, time.Hour),
-			"failureRatio":       number(&o.ejection.failureRatio, above(0), 1),
-			"minimumCalls":       whole(&o.ejection.minimumCalls, 1, memory-1),
-			"baseEjectionTime":   duration(&o.ejection.baseTime, time.Millisecond, time.Hour),
-			"maxEjectionPercent": number(&o.ejection.maxEjectionPercent, 0, 100),
-			"panicThreshold":     number(&o.ejection.panicThreshold, 0, 100),
-			"probeEvery":         whole(&o.ejection.probeEvery, 2, 1e9),
-		}),
-		"subset": func(v json.RawMessage) error {
-			index, count := int64(-1), int64(0)
-			err := object(map[string]func(json.RawMessage) error{
-				"size":        whole(&o.subset.size, 1, 1e6),
-				"clientIndex": whole(&index, 0, 1e9),
-				"clientCount": whole(&count, 1, 1e9),
-			})(v)
-			if err != nil {
-				return err
-			}
-			o.subset.index, o.subset.count = max(index, 0), count
-			switch {
-			case o.subset.size == 0:
-				return errors.New("size: missing, want a whole number in [1, 1000000]")
-			case index < 0 && count > 0:
-				return fmt.Errorf("clientIndex: missing, want a whole number in [0, %d)", count)
-			case index >= 0 && count == 0:
-				return errors.New("clientCount: missing, want how many clients there are")
-			case index >= max(count, 1):
-				return fmt.Errorf("clientIndex: %d, want a whole number in [0, %d), below clientCount", index, count)
-			}
-			return nil
-		},
-		"zone": func(v json.RawMessage) error {
-			err := object(map[string]func(json.RawMessage) error{
-				"local": func(v json.RawMessage) error {
-					if err := json.Unmarshal(v, &o.zone.local); err != nil || o.zone.local == "" {
-						return fmt.Errorf("%.40s, want the name of the caller's zone", v)
-					}
-					return nil
-				},
-				"overload": number(&o.zone.overload, above(1), 1000),
-			})(v)
-			if err == nil && o.zone.local == "" {
-				err = errors.New("local: missing, want the name of the caller's zone")
-			}
-			return err
-		},
+// read reads the options' keys.
+func (o *options) read(r *strictjson.Object) {
+	whole(r.Key("maxInFlight"), &o.maxInFlight, 1, 1e9)
+	if s, ok := r.Key("slowStart").Object(); ok {
+		duration(s.Key("window"), &o.slowStart.window, 0, time.Hour)
+		number(s.Key("aggression"), &o.slowStart.aggression, above(0), 100)
+	}
+	if e, ok := r.Key("ejection").Object(); ok {
+		number(e.Key("latencyFactor"), &o.ejection.latencyFactor, above(1), 1000)
+		duration(e.Key("latencyFloor"), &o.ejection.latencyFloor, 0, time.Hour)
+		number(e.Key("failureRatio"), &o.ejection.failureRatio, above(0), 1)
+		whole(e.Key("minimumCalls"), &o.ejection.minimumCalls, 1, memory-1)
+		duration(e.Key("baseEjectionTime"), &o.ejection.baseTime, time.Millisecond, time.Hour)
+		number(e.Key("maxEjectionPercent"), &o.ejection.maxEjectionPercent, 0, 100)
+		number(e.Key("panicThreshold"), &o.ejection.panicThreshold, 0, 100)
+		whole(e.Key("probeEvery"), &o.ejection.probeEvery, 2, 1e9)
+	}
+	if s, ok := r.Key("subset").Object(); ok {
+		o.subset.read(s)
+	}
+	if z, ok := r.Key("zone").Object(); ok {
+		o.zone.read(z)
 	}
 }
 
-func object(parsers map[string]func(json.RawMessage) error) func(json.RawMessage) error {
-	return func(v json.RawMessage) error { return parseObject(v, parsers) }
+func (s *subset) read(r *strictjson.Object) {
+	before := r.Faults()
+	index, count := int64(-1), int64(0)
+	whole(r.Key("size"), &s.size, 1, 1e6)
+	whole(r.Key("clientIndex"), &index, 0, 1e9)
+	whole(r.Key("clientCount"), &count, 1, 1e9)
+	if r.Faults() > before {
+		return // what follows would compare with values that are not there
+	}
+	s.index, s.count = max(index, 0), count
+	switch {
+	case s.size == 0:
+		r.Fault("size", "missing, want a whole number in [1, 1000000]")
+	case index < 0 && count > 0:
+		r.Fault("clientIndex", "missing, want a whole number in [0, %d)", count)
+	case index >= 0 && count == 0:
+		r.Fault("clientCount", "missing, want how many clients there are")
+	case index >= max(count, 1):
+		r.Fault("clientIndex", "%d, want a whole number in [0, %d), below clientCount", index, count)
+	}
 }
 
-func whole(to *int64, least, most int64) func(json.RawMessage) error {
-	return func(v json.RawMessage) error {
-		var n int64
-		if err := json.Unmarshal(v, &n); err != nil || n < least || n > most {
-			return fmt.Errorf("%.40s, want a whole number in [%d, %d]", v, least, most)
-		}
+func (z *zone) read(r *strictjson.Object) {
+	const want = "the name of the caller's zone"
+	local := r.Key("local")
+	name, ok := local.Text(want)
+	if ok && name == "" {
+		local.Fault("%q, want %s", name, want)
+	}
+	z.local = name
+	number(r.Key("overload"), &z.overload, above(1), 1000)
+	if !r.Has("local") {
+		r.Fault("local", "missing, want %s", want)
+	}
+}
+
+func whole(v strictjson.Value, to *int64, least, most int64) {
+	want := fmt.Sprintf("a whole number in [%d, %d]", least, most)
+	if n, ok := v.Integer(want, func(n int64) bool { return n >= least && n <= most }); ok {
 		*to = n
-		return nil
 	}
 }
 
 // above makes an open bound of a closed one: the least number that is more.
 func above(x float64) float64 { return math.Nextafter(x, math.Inf(1)) }
 
-func number(to *float64, least, most float64) func(json.RawMessage) error {
-	return func(v json.RawMessage) error {
-		var x float64
-		if err := json.Unmarshal(v, &x); err != nil || x < least || x > most {
-			bracket, from := "[", least
-			if below := math.Nextafter(least, math.Inf(-1)); below == math.Trunc(below) {
-				bracket, from = "(", below
-			}
-			return fmt.Errorf("%.40s, want a number in %s%v, %v]", v, bracket, from, most)
-		}
+func number(v strictjson.Value, to *float64, least, most float64) {
+	bracket, from := "[", least
+	if below := math.Nextafter(least, math.Inf(-1)); below == math.Trunc(below) {
+		bracket, from = "(", below
+	}
+	want := fmt.Sprintf("a number in %s%v, %v]", bracket, from, most)
+	if x, ok := v.Number(want, func(x float64) bool { return x >= least && x <= most }); ok {
 		*to = x
-		return nil
 	}
 }
 
-func duration(to *time.Duration, least, most time.Duration) func(json.RawMessage) error {
-	return func(v json.RawMessage) error {
-		d, err := parseDuration(v)
-		if err != nil {
-			return err
-		}
-		if d < least || d > most {
-			return fmt.Errorf("%v, want [%v, %v]", d, least, most)
-		}
+// duration reads a duration as service configs write it: "10s", "0.25s". For more than 0,
+// least is 1 ns.
+func duration(v strictjson.Value, to *time.Duration, least, most time.Duration) {
+	const want = `a duration such as "10s"`
+	s, ok := v.Text(want)
+	if !ok {
+		return
+	}
+	n, ok := strings.CutSuffix(s, "s")
+	d, err := time.ParseDuration(s)
+	switch {
+	case err != nil || !ok || strings.Trim(n, "-0123456789.") != "":
+		v.Fault("%q, want %s", s, want)
+	case least == 1 && (d < least || d > most):
+		v.Fault("%v, want (0s, %v]", d, most)
+	case d < least || d > most:
+		v.Fault("%v, want [%v, %v]", d, least, most)
+	default:
 		*to = d
-		return nil
 	}
 }
 

@@ -40,9 +40,10 @@ func TestOptionBounds(t *testing.T) {
 		{"maxInFlight", "", []string{`1`, `1000000000`}, map[string]string{
 			`0`: `0, want a whole number in [1, 1000000000]`, `-1`: `-1, want a whole number in [1, 1000000000]`,
 			`1000000001`: `1000000001, want a whole number in [1, 1000000000]`, `1.5`: `1.5, want a whole number in [1, 1000000000]`,
-			`"1"`: `"1", want a whole number in [1, 1000000000]`, `null`: `null, want a value`}},
-		{"slowStart.window", "", []string{`"0s"`, `"3600s"`}, map[string]string{
-			`"-0.001s"`: `-1ms, want [0s, 1h0m0s]`, `"3600.1s"`: `1h0m0.1s, want [0s, 1h0m0s]`, `10`: `10, ` + duration, `"1m"`: `"1m", ` + duration, `null`: `null, want a value`}},
+			`1e2`: `1e2, want a whole number in [1, 1000000000]`, `2.0`: `2.0, want a whole number in [1, 1000000000]`,
+			`"1"`: `"1", want a whole number in [1, 1000000000]`, `null`: `null, want a value or no such key`}},
+		{"slowStart.window", "", []string{`"0s"`, `"3600s"`, `".5s"`, `"1.s"`, `"0.12345678901s"`}, map[string]string{
+			`"-0.001s"`: `-1ms, want [0s, 1h0m0s]`, `"3600.1s"`: `1h0m0.1s, want [0s, 1h0m0s]`, `10`: `number 10, ` + duration, `"1m"`: `"1m", ` + duration, `null`: `null, want a value or no such key`}},
 		{"slowStart.aggression", "", []string{`1e-300`, `100`}, map[string]string{
 			`0`: `0, want a number in (0, 100]`, `-1`: `-1, want a number in (0, 100]`, `100.1`: `100.1, want a number in (0, 100]`, `1e999`: `1e999, want a number in (0, 100]`, `"1"`: `"1", want a number in (0, 100]`}},
 		{"ejection.latencyFactor", "", []string{`1.0000001`, `1000`}, map[string]string{
@@ -68,7 +69,7 @@ func TestOptionBounds(t *testing.T) {
 		{"subset.clientCount", `"size": 1, "clientIndex": 0`, []string{`1`, `1000000000`}, map[string]string{
 			`0`: `0, want a whole number in [1, 1000000000]`, `1000000001`: `1000000001, want a whole number in [1, 1000000000]`}},
 		{"zone.local", "", []string{`"a"`, `"\u00fc b"`}, map[string]string{
-			`""`: `"", want the name of the caller's zone`, `1`: `1, want the name of the caller's zone`}},
+			`""`: `"", want the name of the caller's zone`, `1`: `number 1, want the name of the caller's zone`}},
 		{"zone.overload", `"local": "a"`, []string{`1.0000001`, `1000`}, map[string]string{
 			`1`: `1, want a number in (1, 1000]`, `1001`: `1001, want a number in (1, 1000]`}},
 	} {
@@ -83,7 +84,6 @@ func TestOptionBounds(t *testing.T) {
 			}
 			return fmt.Sprintf(`{%q: {%s%q: %s}}`, object, with, key, v)
 		}
-		path := strings.ReplaceAll(tc.path, ".", ": ")
 		for _, name := range ours {
 			for _, v := range tc.good {
 				if _, err := parsed(name, write(v)); err != nil {
@@ -91,7 +91,7 @@ func TestOptionBounds(t *testing.T) {
 				}
 			}
 			for v, want := range tc.bad {
-				want = "loadbalance: " + name + ": " + path + ": " + want
+				want = "loadbalance: " + name + ": " + tc.path + ": " + want
 				if _, err := parsed(name, write(v)); err == nil || err.Error() != want {
 					t.Errorf("%s:\n%v\nwant\n%s", write(v), err, want)
 				}
@@ -106,29 +106,30 @@ func TestOptionObjects(t *testing.T) {
 		js   string
 		errs []string
 	}{
-		{`{"ejection": {"latencyfactor": 4}}`, []string{`ejection: unknown key "latencyfactor", nearest is "latencyFactor"`}},
-		{`{"slowStart": {"decay": 4}}`, []string{`slowStart: unknown key "decay", want one of ["aggression" "window"]`}},
-		{`{"slowstart": {}}`, []string{`unknown key "slowstart", nearest is "slowStart"`}},
-		{`{"ejection": null}`, []string{`ejection: null, want a value`}},
-		{`{"ejection": []}`, []string{`ejection: [], want an object`}},
-		{`{"ejection": {"latencyFactor": null}}`, []string{`ejection: latencyFactor: null, want a value`}},
-		{`{"ejection": {"latencyFactor": 2, "latencyFactor": 3}}`, []string{`ejection: latencyFactor: given twice`}},
+		{`{"ejection": {"latencyfactor": 4}}`, []string{`ejection.latencyfactor: unknown key, did you mean "latencyFactor"?`}},
+		{`{"slowStart": {"decay": 4}}`, []string{`slowStart.decay: unknown key, want one of window, aggression`}},
+		{`{"slowstart": {}}`, []string{`slowstart: unknown key, did you mean "slowStart"?`}},
+		{`{"ejection": null}`, []string{`ejection: null, want a value or no such key`}},
+		{`{"ejection": []}`, []string{`ejection: a list, want an object`}},
+		{`{"ejection": {"latencyFactor": null}}`, []string{`ejection.latencyFactor: null, want a value or no such key`}},
+		{`{"ejection": {"latencyFactor": 2, "latencyFactor": 3}}`, []string{`ejection.latencyFactor: given twice`}},
 		{`{"ejection": {}, "ejection": {}}`, []string{`ejection: given twice`}},
 		{`{"ejection": {"failureRatio": 2, "probeEvery": 1}, "maxInFlight": 0}`, []string{
-			`ejection: failureRatio: 2, want a number in (0, 1]`, `probeEvery: 1, want a whole number in [2, 1000000000]`,
-			`maxInFlight: 0, want a whole number in [1, 1000000000]`}},
-		{`{"subset": {}}`, []string{`subset: size: missing, want a whole number in [1, 1000000]`}},
-		{`{"subset": {"clientIndex": 0, "clientCount": 1}}`, []string{`subset: size: missing, want a whole number in [1, 1000000]`}},
-		{`{"subset": {"size": 3, "clientIndex": 0}}`, []string{`subset: clientCount: missing, want how many clients there are`}},
-		{`{"subset": {"size": 3, "clientCount": 7}}`, []string{`subset: clientIndex: missing, want a whole number in [0, 7)`}},
+			`maxInFlight: 0, want a whole number in [1, 1000000000]`,
+			`ejection.failureRatio: 2, want a number in (0, 1]`, `ejection.probeEvery: 1, want a whole number in [2, 1000000000]`}},
+		{`{"subset": {}}`, []string{`subset.size: missing, want a whole number in [1, 1000000]`}},
+		{`{"subset": {"clientIndex": 0, "clientCount": 1}}`, []string{`subset.size: missing, want a whole number in [1, 1000000]`}},
+		{`{"subset": {"size": 3, "clientIndex": 0}}`, []string{`subset.clientCount: missing, want how many clients there are`}},
+		{`{"subset": {"size": 3, "clientCount": 7}}`, []string{`subset.clientIndex: missing, want a whole number in [0, 7)`}},
 		{`{"subset": {"size": 3, "clientIndex": 7, "clientCount": 7}}`, []string{
-			`subset: clientIndex: 7, want a whole number in [0, 7), below clientCount`}},
-		{`{"zone": {}}`, []string{`zone: local: missing, want the name of the caller's zone`}},
-		{`{"zone": {"overload": 3}}`, []string{`zone: local: missing, want the name of the caller's zone`}},
+			`subset.clientIndex: 7, want a whole number in [0, 7), below clientCount`}},
+		{`{"zone": {}}`, []string{`zone.local: missing, want the name of the caller's zone`}},
+		{`{"zone": {"overload": 3}}`, []string{`zone.local: missing, want the name of the caller's zone`}},
 		{`{"zone": "a"}`, []string{`zone: "a", want an object`}},
 	} {
 		for _, name := range ours {
-			want := "loadbalance: " + name + ": " + strings.Join(tc.errs, "\n")
+			prefix := "loadbalance: " + name + ": "
+			want := prefix + strings.Join(tc.errs, "\n"+prefix)
 			if _, err := parsed(name, tc.js); err == nil || err.Error() != want {
 				t.Errorf("%s:\n%v\nwant\n%s", tc.js, err, want)
 			}

@@ -8,6 +8,8 @@ import (
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/serviceconfig"
+
+	"github.com/bobtail-rpc/bobtail/internal/strictjson"
 )
 
 // P2CName is the name under which the balancer of this file is registered, for
@@ -54,24 +56,14 @@ type p2cConfig struct {
 func (p2cBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
 	c := &p2cConfig{options: defaultOptions(), decayTime: defaultDecayTime}
 	c.js = string(js)
-	parsers := c.parsers()
-	parsers["decayTime"] = func(v json.RawMessage) (err error) {
-		c.decayTime, err = parseDecayTime(v)
-		return err
-	}
-	if err := parseObject(js, parsers); err != nil {
-		return nil, fmt.Errorf("loadbalance: %s: %w", P2CName, err)
+	err := strictjson.Read(js, "loadbalance: "+P2CName, func(r *strictjson.Object) {
+		c.read(r)
+		duration(r.Key("decayTime"), &c.decayTime, 1, maxDecayTime)
+	})
+	if err != nil {
+		return nil, err
 	}
 	return c, nil
-}
-
-// parseDecayTime reads tau, in (0, 1h].
-func parseDecayTime(v json.RawMessage) (time.Duration, error) {
-	d, err := parseDuration(v)
-	if err == nil && (d <= 0 || d > maxDecayTime) {
-		err = fmt.Errorf("%v, want (0s, %v]", d, maxDecayTime)
-	}
-	return d, err
 }
 
 // p2cBalancer is shards with a configuration.

@@ -9,6 +9,8 @@ import (
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/serviceconfig"
+
+	"github.com/bobtail-rpc/bobtail/internal/strictjson"
 )
 
 // PrequalName is the name under which the balancer of this file is registered, for
@@ -83,17 +85,16 @@ func defaultPrequal() *prequalConfig {
 func (prequalBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
 	c := defaultPrequal()
 	c.js = string(js)
-	parsers := c.parsers()
-	parsers["decayTime"] = func(v json.RawMessage) (err error) {
-		c.decayTime, err = parseDecayTime(v)
-		return err
-	}
-	parsers["probesPerPick"] = number(&c.probesPerPick, 0.1, poolSize)
-	parsers["qRif"] = number(&c.qRIF, 0, 1)
-	parsers["maxProbesPerSecond"] = whole(&c.maxProbes, 1, 100_000)
-	parsers["probeTimeout"] = duration(&c.probeTimeout, time.Millisecond, time.Second)
-	if err := parseObject(js, parsers); err != nil {
-		return nil, fmt.Errorf("loadbalance: %s: %w", PrequalName, err)
+	err := strictjson.Read(js, "loadbalance: "+PrequalName, func(r *strictjson.Object) {
+		c.read(r)
+		duration(r.Key("decayTime"), &c.decayTime, 1, maxDecayTime)
+		number(r.Key("probesPerPick"), &c.probesPerPick, 0.1, poolSize)
+		number(r.Key("qRif"), &c.qRIF, 0, 1)
+		whole(r.Key("maxProbesPerSecond"), &c.maxProbes, 1, 100_000)
+		duration(r.Key("probeTimeout"), &c.probeTimeout, time.Millisecond, time.Second)
+	})
+	if err != nil {
+		return nil, err
 	}
 	return c, nil
 }

@@ -408,16 +408,16 @@ func TestParsePrequalConfig(t *testing.T) {
 		{js: `{"probesPerPick": 17}`, errs: []string{`probesPerPick: 17, want a number in [0.1, 16]`}},
 		{js: `{"qRif": -0.1}`, errs: []string{`qRif: -0.1, want a number in [0, 1]`}},
 		{js: `{"qRif": 84}`, errs: []string{`qRif: 84, want a number in [0, 1]`}},
-		{js: `{"qRif": null}`, errs: []string{`qRif: null, want a value`}},
+		{js: `{"qRif": null}`, errs: []string{`qRif: null, want a value or no such key`}},
 		{js: `{"maxProbesPerSecond": 0}`, errs: []string{`maxProbesPerSecond: 0, want a whole number in [1, 100000]`}},
 		{js: `{"maxProbesPerSecond": 100001}`, errs: []string{`maxProbesPerSecond: 100001, want a whole number in [1, 100000]`}},
 		{js: `{"maxProbesPerSecond": 1.5}`, errs: []string{`maxProbesPerSecond: 1.5, want a whole number in [1, 100000]`}},
 		{js: `{"probeTimeout": "0.0009s"}`, errs: []string{`probeTimeout: 900µs, want [1ms, 1s]`}},
 		{js: `{"probeTimeout": "1.1s"}`, errs: []string{`probeTimeout: 1.1s, want [1ms, 1s]`}},
-		{js: `{"probeTimeout": 3}`, errs: []string{`probeTimeout: 3, want a duration such as "10s"`}},
+		{js: `{"probeTimeout": 3}`, errs: []string{`probeTimeout: number 3, want a duration such as "10s"`}},
 		{js: `{"decayTime": "0s", "qRIF": 1, "qRif": 2, "qRif": 1}`, errs: []string{
-			`decayTime: 0s, want (0s, 1h0m0s]`, `unknown key "qRIF", nearest is "qRif"`, `qRif: 2, want a number in [0, 1]`, `qRif: given twice`}},
-		{js: `[]`, errs: []string{`[], want an object`}},
+			`qRif: given twice`, `decayTime: 0s, want (0s, 1h0m0s]`, `qRif: 2, want a number in [0, 1]`, `qRIF: unknown key, did you mean "qRif"?`}},
+		{js: `[]`, errs: []string{`document: a list, want an object`}},
 	} {
 		c, err := prequalBuilder{}.ParseConfig([]byte(tc.js))
 		switch {
@@ -429,7 +429,8 @@ func TestParsePrequalConfig(t *testing.T) {
 				t.Errorf("%s: %+v, want %+v", tc.js, got, tc.want)
 			}
 		default:
-			if want := "loadbalance: bobtail_prequal: " + strings.Join(tc.errs, "\n"); err == nil || err.Error() != want {
+			const prefix = "loadbalance: bobtail_prequal: "
+			if want := prefix + strings.Join(tc.errs, "\n"+prefix); err == nil || err.Error() != want {
 				t.Errorf("%s:\n%v\nwant\n%s", tc.js, err, want)
 			}
 		}

@@ -10,6 +10,8 @@ import (
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/serviceconfig"
+
+	"github.com/bobtail-rpc/bobtail/internal/strictjson"
 )
 
 // RendezvousName is the name under which the balancer of this file is registered,
@@ -52,21 +54,19 @@ type rendezvousConfig struct {
 func (rendezvousBuilder) ParseConfig(js json.RawMessage) (serviceconfig.LoadBalancingConfig, error) {
 	c := &rendezvousConfig{options: defaultOptions(), eps: defaultEps}
 	c.js = string(js)
-	parsers := c.parsers()
-	parsers["header"] = func(v json.RawMessage) error {
-		if err := json.Unmarshal(v, &c.header); err != nil {
-			return fmt.Errorf("%.40s, want the name of a header", v)
+	err := strictjson.Read(js, "loadbalance: "+RendezvousName, func(r *strictjson.Object) {
+		c.read(r)
+		header := r.Key("header")
+		if name, ok := header.Text("the name of a header"); ok {
+			if err := checkHeader(name); err != nil {
+				header.Fault("%w", err)
+			}
+			c.header = name
 		}
-		return checkHeader(c.header)
-	}
-	parsers["eps"] = func(v json.RawMessage) error {
-		if err := json.Unmarshal(v, &c.eps); err != nil || c.eps <= 0 || c.eps > maxEps {
-			return fmt.Errorf("%.40s, want a number in (0, %d]", v, maxEps)
-		}
-		return nil
-	}
-	if err := parseObject(js, parsers); err != nil {
-		return nil, fmt.Errorf("loadbalance: %s: %w", RendezvousName, err)
+		number(r.Key("eps"), &c.eps, above(0), maxEps)
+	})
+	if err != nil {
+		return nil, err
 	}
 	return c, nil
 }

@@ -25,21 +25,21 @@ func TestParseRendezvousConfig(t *testing.T) {
 		{js: `{"eps": 10.01}`, errs: []string{`eps: 10.01, want a number in (0, 10]`}},
 		{js: `{"eps": 1e999}`, errs: []string{`eps: 1e999, want a number in (0, 10]`}},
 		{js: `{"eps": "0.25"}`, errs: []string{`eps: "0.25", want a number in (0, 10]`}},
-		{js: `{"eps": null}`, errs: []string{`eps: null, want a value`}},
+		{js: `{"eps": null}`, errs: []string{`eps: null, want a value or no such key`}},
 		{js: `{"header": ""}`, errs: []string{`header: ""` + charset}},
 		{js: `{"header": "X-User-Id"}`, errs: []string{`header: "X-User-Id"` + charset}},
 		{js: `{"header": "x user"}`, errs: []string{`header: "x user"` + charset}},
 		{js: `{"header": ":path"}`, errs: []string{`header: ":path"` + charset}},
 		{js: `{"header": "x-\u00fc"}`, errs: []string{`header: "x-ü"` + charset}},
-		{js: `{"header": 1}`, errs: []string{`header: 1, want the name of a header`}},
+		{js: `{"header": 1}`, errs: []string{`header: number 1, want the name of a header`}},
 		{js: `{"header": "key-bin"}`, errs: []string{`header: "key-bin", want a header of text, not -bin`}},
 		{js: `{"header": "grpc-x"}`, errs: []string{`header: "grpc-x", want a header of the application's, not one of gRPC's own`}},
 		{js: `{"eps": 0, "header": "A", "Eps": 1, "key": 1, "eps": 1}`, errs: []string{
-			`eps: 0, want a number in (0, 10]`, `header: "A"` + charset, `unknown key "Eps", nearest is "eps"`,
-			`unknown key "key", nearest is "eps"`, `eps: given twice`}},
-		{js: `{"consistentHash": 1}`, errs: []string{`unknown key "consistentHash", want one of ["ejection" "eps" "header" "maxInFlight" "slowStart" "subset" "zone"]`}},
-		{js: `[]`, errs: []string{`[], want an object`}},
-		{js: ``, errs: []string{`not JSON: EOF`}},
+			`eps: given twice`, `header: "A"` + charset, `eps: 0, want a number in (0, 10]`, `Eps: unknown key, did you mean "eps"?`,
+			`key: unknown key, want one of maxInFlight, slowStart, ejection, subset, zone, header, eps`}},
+		{js: `{"consistentHash": 1}`, errs: []string{`consistentHash: unknown key, want one of maxInFlight, slowStart, ejection, subset, zone, header, eps`}},
+		{js: `[]`, errs: []string{`document: a list, want an object`}},
+		{js: ``, errs: []string{`document: not valid JSON at byte 0: unexpected EOF`}},
 	} {
 		c, err := rendezvousBuilder{}.ParseConfig([]byte(tc.js))
 		switch {
@@ -52,7 +52,8 @@ func TestParseRendezvousConfig(t *testing.T) {
 				t.Errorf("%s: %+v, want %+v", tc.js, got, tc.want)
 			}
 		default:
-			if want := "loadbalance: bobtail_rendezvous: " + strings.Join(tc.errs, "\n"); err == nil || err.Error() != want {
+			const prefix = "loadbalance: bobtail_rendezvous: "
+			if want := prefix + strings.Join(tc.errs, "\n"+prefix); err == nil || err.Error() != want {
 				t.Errorf("%s:\n%v\nwant\n%s", tc.js, err, want)
 			}
 		}

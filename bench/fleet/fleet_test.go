@@ -135,7 +135,7 @@ func TestStartFails(t *testing.T) {
 	}
 	bad := *tiny
 	bad.Backends, bad.Rate = 1, -1
-	if _, err := Start(t.Context(), Config{Scenario: &bad, Command: self()}); err == nil || !strings.Contains(err.Error(), "$.rate") {
+	if _, err := Start(t.Context(), Config{Scenario: &bad, Command: self()}); err == nil || !strings.Contains(err.Error(), "scenario: rate: ") {
 		t.Errorf("%v, want the child's complaint", err)
 	}
 }

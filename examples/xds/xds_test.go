@@ -106,7 +106,7 @@ func (s *stage) below(p *clusterpb.LoadBalancingPolicy_Policy) *clusterpb.LoadBa
 func TestInvalidConfigIsNACKed(t *testing.T) {
 	for _, tc := range []struct{ policy, config, want string }{
 		{"bobtail_p2c", `{"decayTime": "0s"}`, "loadbalance: bobtail_p2c: decayTime: 0s, want (0s, 1h0m0s]"},
-		{"bobtail_p2c", `{"decaytime": "1s"}`, `loadbalance: bobtail_p2c: unknown key "decaytime", nearest is "decayTime"`},
+		{"bobtail_p2c", `{"decaytime": "1s"}`, `loadbalance: bobtail_p2c: decaytime: unknown key, did you mean "decayTime"?`},
 		{"bobtail_rendezvous", `{"eps": 11}`, "loadbalance: bobtail_rendezvous: eps: 11, want a number in (0, 10]"},
 		{"bobtail_rendezvous", `{"header": "key-bin"}`, `loadbalance: bobtail_rendezvous: header: "key-bin", want a header of text, not -bin`},
 	} {
