@@ -114,8 +114,9 @@ func TestVirtualSweep(t *testing.T) {
 			case c.policy == "shed+client" && c.classes != nil:
 				// The client throttles each class that is refused to about what fits, so the server sees
 				// a load that just fits: as at 1, the lowest class waits, and some of it is refused by chance.
-				if p.GoodputShare < 0.96 || p.P99 == nil || *p.P99 > 40 {
-					t.Errorf("%s, want a goodput of at least 0.96, and a p99 of at most 40 ms", pointLine(p))
+				// Four runs have 0.984 to 0.993, and 21.1 to 24.2 ms.
+				if p.GoodputShare < 0.975 || p.P99 == nil || *p.P99 > 28 {
+					t.Errorf("%s, want a goodput of at least 0.975, and a p99 of at most 28 ms", pointLine(p))
 				}
 			default:
 				if p.GoodputShare < 0.98 || p.P99 == nil || *p.P99 >= 25 {
