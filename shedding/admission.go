@@ -55,6 +55,10 @@ func (c AdmissionConfig) Validate() error {
 // the demand, with all above them, is less than 0.92 of the capacity may fill the queue and
 // wait as long as they can.
 //
+// When the queue has been short for 100 ms in an overload, a tenth more is let in than the server
+// is known to do, and so on until the queue is not short, or nothing is refused any more. What it
+// is known to do, by which queue and waits are planned, changes only by what it does.
+//
 // While the cursor is at the bottom, which is while the load fits or about fits, the two sheddable
 // classes are served as one: all waiting falls on what is served last, and would be twice as long if
 // that were half of the load.
