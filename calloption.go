@@ -22,8 +22,14 @@ func NoRetry() grpc.CallOption { return noRetry{} }
 func NoRefusal() grpc.CallOption { return noRefusal{} }
 
 // CallTimeout gives one call d in place of the timeout of the policy, be it longer or
-// shorter; 0 is none. The deadline of the call's context holds beside it.
-func CallTimeout(d time.Duration) grpc.CallOption { return callTimeout{after: max(d, 0)} }
+// shorter. 0 is none; less than 0 is over already, as of a time that has passed. The deadline
+// of the call's context holds beside it.
+func CallTimeout(d time.Duration) grpc.CallOption {
+	if d < 0 {
+		d = time.Nanosecond
+	}
+	return callTimeout{after: d}
+}
 
 type (
 	noHedge     struct{ grpc.EmptyCallOption }

@@ -328,7 +328,7 @@ func TestCallOptions(t *testing.T) {
 		for _, tc := range []struct {
 			opt  grpc.CallOption
 			want time.Duration
-		}{{bobtail.CallTimeout(5 * time.Second), 5 * time.Second}, {bobtail.CallTimeout(time.Minute), time.Minute}, {bobtail.CallTimeout(0), time.Hour}} {
+		}{{bobtail.CallTimeout(5 * time.Second), 5 * time.Second}, {bobtail.CallTimeout(time.Minute), time.Minute}, {bobtail.CallTimeout(0), time.Hour}, {bobtail.CallTimeout(-time.Hour), time.Nanosecond}} {
 			begin := time.Now()
 			get(ctx, retried, "wait", tc.opt)
 			if d := time.Since(begin); d != tc.want {

@@ -46,7 +46,8 @@ type Config struct {
 	// Throttle is A6's retryThrottling; nil is none.
 	Throttle *Throttle
 
-	// Shadow decides and reports everything and sends no extra attempt.
+	// Shadow decides and reports everything and sends no extra attempt. Nor does
+	// AttemptTimeout end one then, which nothing would follow.
 	Shadow bool
 
 	// Report, if not nil, is told once about each call, on the caller's goroutine, before
@@ -121,6 +122,14 @@ func (c Config) Validate() error {
 		bad("attempt timeout %v, want at least 0", c.AttemptTimeout)
 	}
 	return errors.Join(errs...)
+}
+
+// attemptTimeout is what ends an attempt; 0: nothing.
+func (c *Config) attemptTimeout() time.Duration {
+	if c.Shadow {
+		return 0
+	}
+	return c.AttemptTimeout
 }
 
 // Jitter says how a backoff is randomised, so that clients that failed together do

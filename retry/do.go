@@ -39,7 +39,7 @@ func Do[T any](ctx context.Context, r *Retrier, f func(ctx context.Context) (T, 
 }
 
 func tryOnce[T any](c *call, f func(context.Context) (T, error)) (v T, err error, timedOut bool) {
-	limit := c.r.cfg.AttemptTimeout
+	limit := c.r.cfg.attemptTimeout()
 	if limit > 0 {
 		limited, cancel := context.WithTimeout(c.current.Context, limit)
 		defer cancel()

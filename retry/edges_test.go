@@ -77,6 +77,40 @@ func TestLateByItself(t *testing.T) {
 	})
 }
 
+// In shadow nothing ends an attempt that no other would follow.
+func TestShadowEndsNoAttempt(t *testing.T) {
+	cfg := Config{MaxAttempts: 3, Backoff: doubling, AttemptTimeout: 10 * ms, Shadow: true}
+	slow := func(ctx context.Context) error {
+		select {
+		case <-time.After(50 * ms):
+			return nil
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		if err := invoke(t.Context(), cfg, func(ctx context.Context, _ int) error { return slow(ctx) }); err != nil {
+			t.Errorf("unary: %v", err)
+		}
+		r, err := New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Do(t.Context(), r, func(ctx context.Context) (int, error) { return 0, slow(ctx) }); err != nil {
+			t.Errorf("Do: %v", err)
+		}
+		f := scans(t, func(_ int, _ *kvpb.Request, s grpc.ServerStreamingServer[kvpb.Response]) error {
+			if err := slow(s.Context()); err != nil {
+				return err
+			}
+			return s.Send(&kvpb.Response{})
+		})
+		if _, err := makeCall(t.Context(), dial(f, cfg), "server streaming"); err != nil {
+			t.Errorf("stream: %v", err)
+		}
+	})
+}
+
 // Quick failures say nothing about how long an answer takes.
 func TestFailuresAreCensored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

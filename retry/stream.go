@@ -158,7 +158,7 @@ func (s *stream) closedUnder(err error) {
 
 // arm starts the newest attempt's timer.
 func (s *stream) arm() {
-	if d := s.r.cfg.AttemptTimeout; d > 0 {
+	if d := s.r.cfg.attemptTimeout(); d > 0 {
 		s.mu.Lock()
 		cancel := s.cancel
 		s.mu.Unlock()

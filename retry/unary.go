@@ -73,15 +73,16 @@ func (u *unary) try(req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvok
 	}
 	all := append(rpc.ButOnFinish(room, opts), grpc.Trailer(&u.trailer), grpc.Peer(&a.peer),
 		grpc.OnFinish(func(error) { a.over.Store(true) }))
-	if u.r.cfg.AttemptTimeout > 0 {
-		limited, cancel := context.WithTimeout(a.Context, u.r.cfg.AttemptTimeout)
+	limit := u.r.cfg.attemptTimeout()
+	if limit > 0 {
+		limited, cancel := context.WithTimeout(a.Context, limit)
 		defer cancel()
 		a.Context = limited
 	}
 	err := invoker(a, u.attempts.Method, req, reply, cc, all...)
 	u.now = u.r.now()
 	// By our clock, or by the server's, which was told of the limit.
-	u.late = u.r.cfg.AttemptTimeout > 0 && (u.now.Sub(u.begun) >= u.r.cfg.AttemptTimeout || a.Err() != nil)
+	u.late = limit > 0 && (u.now.Sub(u.begun) >= limit || a.Err() != nil)
 	return err
 }
 
