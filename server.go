@@ -246,17 +246,20 @@ const drainLook = 10 * time.Millisecond
 // ends before, it returns an error that wraps ctx.Err() and tells how many are left.
 // Exempt calls, such as a watch of the health, are neither refused nor waited for.
 //
-// A server does not come back from it. Clients that watch the health go elsewhere at once,
-// others at their first refusal. A call that is on its way at that moment is refused: where
-// none may be, or a load balancer looks at the health every few seconds only, call
-// the Shutdown of the health server first, and Drain when all have seen it. After Drain,
-// grpc's GracefulStop waits for nothing but exempt calls:
+// A server does not come back from it. That it is refused does not send a client elsewhere:
+// begin grpc's GracefulStop beside it, which tells all clients at once, or have them watch the
+// health ("healthCheckConfig" in their policy, and an import of google.golang.org/grpc/health).
+// A call that is on its way at that moment is refused: where none may be, wait for a round trip
+// in between; and where a load balancer looks at the health every few seconds only, call the
+// Shutdown of the health server first, and go on when it has seen it.
 //
 //	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 //	defer cancel()
 //	context.AfterFunc(ctx, s.Stop) // cuts off what has not ended by then
+//	stopped := make(chan struct{})
+//	go func() { s.GracefulStop(); close(stopped) }() // sends clients elsewhere
 //	err := server.Drain(ctx)
-//	s.GracefulStop() // sends what has been answered
+//	<-stopped
 func (s *Server) Drain(ctx context.Context) error {
 	if s.health != nil {
 		s.health.Shutdown()

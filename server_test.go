@@ -402,7 +402,13 @@ func TestServerDrain(t *testing.T) {
 
 // A rolling restart under load, by a method of which nothing is known, so that nothing is
 // tried again: no call fails. Three servers are drained and stopped in turn, and come back.
+// Clients that watch the health are told by it, all others by GracefulStop.
 func TestServerRollingRestart(t *testing.T) {
+	t.Run("health", func(t *testing.T) { rollingRestart(t, `{"healthCheckConfig": {"serviceName": ""}}`, true) })
+	t.Run("GracefulStop", func(t *testing.T) { rollingRestart(t, `{}`, false) })
+}
+
+func rollingRestart(t *testing.T, clients string, byHealth bool) {
 	synctest.Test(t, func(t *testing.T) {
 		type backend struct {
 			lis     atomic.Pointer[bufconn.Listener]
@@ -429,7 +435,7 @@ func TestServerRollingRestart(t *testing.T) {
 			st.Endpoints = append(st.Endpoints, resolver.Endpoint{Addresses: []resolver.Address{{Addr: name}}})
 		}
 		addresses.InitialState(st)
-		c, err := bobtail.NewClient(policy(t, `{"healthCheckConfig": {"serviceName": ""}}`), bobtail.WithLogger(nil))
+		c, err := bobtail.NewClient(policy(t, clients), bobtail.WithLogger(nil))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -464,15 +470,27 @@ func TestServerRollingRestart(t *testing.T) {
 		})
 		for name, b := range backends {
 			time.Sleep(5 * time.Second)
-			b.health.Shutdown()
-			time.Sleep(100 * ms) // for calls that are on their way
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 			context.AfterFunc(ctx, b.srv.Stop)
 			begin := time.Now()
+			stopped := make(chan struct{})
+			stop := func() {
+				b.srv.GracefulStop()
+				close(stopped)
+			}
+			if byHealth {
+				b.health.Shutdown()
+			} else {
+				go stop()
+			}
+			time.Sleep(100 * ms) // for calls that are on their way
 			if err := b.server.Drain(ctx); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
-			b.srv.GracefulStop()
+			if byHealth {
+				stop()
+			}
+			<-stopped
 			if took := time.Since(begin); took > time.Second {
 				t.Errorf("%s is stopped after %v, want about as long as a call takes", name, took)
 			}
