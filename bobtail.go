@@ -10,10 +10,20 @@
 // Calls over the connection are then hedged where the policy says so and where
 // it is safe: a call that takes longer than most is sent once more, to another
 // backend, and whichever attempt answers first wins. What that costs is bounded
-// by a budget. See [ParsePolicy] for the document, [DefaultPolicy] for what is
-// safe anywhere.
+// by a budget. Failed calls are tried again under the same budget, methods that fail are
+// throttled, and backends chosen by their latency. See [ParsePolicy] for the document,
+// [DefaultPolicy] for what is safe anywhere.
 //
-// The parts can be used alone: package hedging, retry, loadbalance.
+// A [Server] is made from a document of its own ([ParseServerPolicy], [DefaultServerPolicy]) and
+// installed with the options of a grpc.Server. It bounds how many handlers run at once, keeps
+// the queue short, and under overload refuses early, the least critical calls first:
+//
+//	server, err := bobtail.NewServer(bobtail.DefaultServerPolicy())
+//	...
+//	s := grpc.NewServer(server.ServerOptions()...)
+//	server.Register(s)
+//
+// The parts can be used alone: packages hedging, retry, breaker, shedding, loadbalance.
 package bobtail
 
 import (

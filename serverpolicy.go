@@ -36,7 +36,9 @@ const defaultServerDocument = `{
 //   - Answers carry a report of the load, for bobtail_prequal and other balancers that
 //     read one.
 //
-// There are no quotas of tenants.
+// There are no quotas of tenants. A server whose handlers mostly wait, and of which many run at
+// once, needs some seconds to find its limit from 20 on, and refuses calls meanwhile: give it
+// "limiter": {"min": ...}, of its calls per second times their seconds.
 func DefaultServerPolicy() ServerPolicy {
 	p, err := ParseServerPolicy([]byte(defaultServerDocument))
 	if err != nil {
