@@ -189,6 +189,7 @@ func (k *kept) guard(c *Client, target string, m *method, e *entry, name string)
 		return nil
 	}
 	g := &guard{method: name, shadow: e.mode == modeShadow, report: c.refusalReports}
+	k.shadow.Store(g.shadow)
 	if e.maxInFlight > 0 {
 		// Resized, not replaced: a new one would not know of the calls in flight.
 		var err error
@@ -234,7 +235,7 @@ func (k *kept) guard(c *Client, target string, m *method, e *entry, name string)
 		if k.breaker == nil || !reflect.DeepEqual(k.breakerOf, e.breaker) {
 			cfg := *e.breaker
 			cfg.Method = name
-			cfg.OnStateChange = func(ch breaker.Change) { c.breakerChanged(target, m.telemetry, ch) }
+			cfg.OnStateChange = func(ch breaker.Change) { c.breakerChanged(target, m.telemetry, ch, k.shadow.Load()) }
 			b, err := breaker.New(cfg)
 			if err != nil {
 				return err
@@ -248,12 +249,12 @@ func (k *kept) guard(c *Client, target string, m *method, e *entry, name string)
 }
 
 // breakerChanged logs what an operator wants to have been told.
-func (c *Client) breakerChanged(target string, m *telemetry.Method, ch breaker.Change) {
+func (c *Client) breakerChanged(target string, m *telemetry.Method, ch breaker.Change, shadow bool) {
 	m.BreakerChanged(context.Background(), ch.To.String(), string(ch.Reason))
 	level := slog.LevelInfo
-	if ch.To == breaker.Open {
+	if ch.To == breaker.Open && !shadow { // in shadow nobody is refused
 		level = slog.LevelWarn
 	}
 	c.log.Log(context.Background(), level, "bobtail: circuit breaker "+ch.To.String(), "target", target,
-		"method", ch.Method, "from", ch.From.String(), "reason", string(ch.Reason))
+		"method", ch.Method, "from", ch.From.String(), "reason", string(ch.Reason), "shadow", shadow)
 }

@@ -673,6 +673,26 @@ func TestBreakerBeforeThrottle(t *testing.T) {
 	})
 }
 
+// In mode shadow an open breaker refuses nobody, and wakes nobody; the mode is that of now.
+func TestBreakerInShadowIsLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		const doc = `{"mode": %q, "methodConfig": [{"name": [{}], "circuitBreaker": {"minimumCalls": 4, "openFor": "10s"}}]}`
+		f := byKey(t, 3)
+		kv, c := client(t, f, policy(t, fmt.Sprintf(doc, "on")), bobtail.WithLogger(slog.New(slog.NewTextHandler(&log, nil))))
+		get(t.Context(), kv, "")
+		if err := c.Update(policy(t, fmt.Sprintf(doc, "shadow"))); err != nil {
+			t.Fatal(err)
+		}
+		for range 4 {
+			get(t.Context(), kv, "fail")
+		}
+		if want := `level=INFO msg="bobtail: circuit breaker open" target=fleet:///kv method=/kv.KV/Get from=closed reason=failures shadow=true`; !strings.Contains(log.String(), want) {
+			t.Errorf("want %s in\n%s", want, log.String())
+		}
+	})
+}
+
 // The log tells each change of a breaker: of which method of which target, and why.
 func TestBreakerIsLogged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -688,7 +708,7 @@ func TestBreakerIsLogged(t *testing.T) {
 			get(t.Context(), kv, "")
 		}
 		for _, want := range []string{
-			`level=WARN msg="bobtail: circuit breaker open" target=fleet:///kv method=/kv.KV/Get from=closed reason=failures`,
+			`level=WARN msg="bobtail: circuit breaker open" target=fleet:///kv method=/kv.KV/Get from=closed reason=failures shadow=false`,
 			`level=INFO msg="bobtail: circuit breaker half-open" target=fleet:///kv method=/kv.KV/Get from=open reason="probe due"`,
 			`level=INFO msg="bobtail: circuit breaker closed" target=fleet:///kv method=/kv.KV/Get from=half-open reason="probes succeeded"`,
 		} {

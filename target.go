@@ -67,6 +67,7 @@ type kept struct {
 	rate       *shedding.RateLimit
 	rateOf     shedding.RateLimitConfig
 	bulkhead   *shedding.Bulkhead
+	shadow     atomic.Bool // as of the policy in force
 }
 
 // method is what the policy in force does to the calls of one method of one
