@@ -77,6 +77,10 @@ func (c *Client) warn(p *Policy) {
 	for i := range p.entries {
 		e := &p.entries[i]
 		hedges = hedges || e.hedging != nil && e.mode == modeOn
+		if e.hedging != nil && e.hedging.Percentile > 0 && e.hedging.Percentile < 1 {
+			c.once("a percentile that is a fraction", "bobtail: hedgingPercentile is in percent, and less than 1: nearly every call is due for a hedge",
+				"hedgingPercentile", e.hedging.Percentile)
+		}
 		retries = retries || e.retry != nil && e.mode == modeOn
 	}
 	if (hedges || retries) && p.extraLoad == nil {

@@ -438,6 +438,7 @@ func TestWarnings(t *testing.T) {
 		{`{` + hedge + `}`, "without extraLoad"},
 		{`{"extraLoad": {"max": 0.1}, "loadBalancingConfig": [{"round_robin": {}}], ` + hedge + `}`, "a balancer of grpc's own"},
 		{`{"extraLoad": {"max": 0.1}, ` + hedge + `}`, ""},
+		{`{"extraLoad": {"max": 0.1}, "methodConfig": [{"name": [{}], "hedgingPolicy": {"maxAttempts": 2, "hedgingPercentile": 0.95}}]}`, "hedgingPercentile=0.95"},
 		{`{}`, ""},
 	} {
 		var log bytes.Buffer

@@ -91,6 +91,9 @@ func parseDuration(s string) (time.Duration, error) {
 	return d, nil
 }
 
+// seconds writes a duration as a document has it.
+func seconds(d time.Duration) string { return strconv.FormatFloat(d.Seconds(), 'f', -1, 64) + "s" }
+
 func atLeast0(d time.Duration) bool { return d >= 0 }
 func above0(d time.Duration) bool   { return d > 0 }
 

@@ -86,9 +86,9 @@ func (r *reader) hedging() *hedging.Config {
 		}
 	}
 	if floor := max(c.MinDelay, 0); hasMax && floor == 0 && c.MaxDelay < hedging.DefaultMinDelay {
-		r.Fault("maxHedgingDelay", "%v, want at least the default minHedgingDelay %v", c.MaxDelay, hedging.DefaultMinDelay)
+		r.Fault("maxHedgingDelay", "%s, want at least the default minHedgingDelay %s", seconds(c.MaxDelay), seconds(hedging.DefaultMinDelay))
 	} else if hasMax && c.MaxDelay < floor {
-		r.Fault("maxHedgingDelay", "%v, want at least minHedgingDelay %v", c.MaxDelay, floor)
+		r.Fault("maxHedgingDelay", "%s, want at least minHedgingDelay %s", seconds(c.MaxDelay), seconds(floor))
 	}
 	c.Tied, _ = r.Key("tied").Bool()
 	c.TieDelay, _ = r.duration("tieDelay", "more than 0s", above0)

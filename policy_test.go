@@ -86,9 +86,9 @@ var broken = []struct{ name, text, want string }{
 		"methodConfig[0].hedgingPolicy.minHedgingDelay: bounds an adaptive delay, want hedgingPercentile beside it\n" +
 			"methodConfig[0].hedgingPolicy.maxHedgingDelay: bounds an adaptive delay, want hedgingPercentile beside it"},
 	{"bounds crossed", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "hedgingPercentile": 95, "minHedgingDelay": "0.2s", "maxHedgingDelay": "0.1s"}}]}`,
-		`methodConfig[0].hedgingPolicy.maxHedgingDelay: 100ms, want at least minHedgingDelay 200ms`},
+		`methodConfig[0].hedgingPolicy.maxHedgingDelay: 0.1s, want at least minHedgingDelay 0.2s`},
 	{"a cap below the default floor", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2, "hedgingPercentile": 95, "maxHedgingDelay": "0.0005s"}}]}`,
-		`methodConfig[0].hedgingPolicy.maxHedgingDelay: 500µs, want at least the default minHedgingDelay 1ms`},
+		`methodConfig[0].hedgingPolicy.maxHedgingDelay: 0.0005s, want at least the default minHedgingDelay 0.001s`},
 	{"retry beside hedging", `{"methodConfig": [{"hedgingPolicy": {"maxAttempts": 2}, "retryPolicy": {"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`,
 		`methodConfig[0]: retryPolicy and hedgingPolicy together, want one of them`},
 	{"a retryPolicy of nothing", `{"methodConfig": [{"retryPolicy": {}}]}`,

@@ -156,15 +156,19 @@ func (r *reader) queue() *shedding.QueueConfig {
 	shards, _ := r.number("shards", "an integer in [1, 256]", whole(1, 256))
 	hand, _ := r.number("hand", "an integer in [1, 8]", whole(1, 8))
 	c.Shards, c.Hand = int(shards), int(hand)
-	if r.Faults() == before && c.Hand > max(c.Shards, 1) {
-		r.Fault("hand", "%d, want at most shards %d", c.Hand, max(c.Shards, 1))
+	switch {
+	case r.Faults() > before:
+	case c.Shards == 0 && c.Hand > 1:
+		r.Fault("hand", "%d, want shards beside it, and at most as many", c.Hand)
+	case c.Shards > 0 && c.Hand > c.Shards:
+		r.Fault("hand", "%d, want at most shards %d", c.Hand, c.Shards)
 	}
 	switch {
 	case r.Faults() > before || !r.Has("target"):
 	case c.MaxWait == 0 && c.Target > 100*time.Millisecond:
-		r.Fault("target", "%v, want at most the default maxWait %v", c.Target, 100*time.Millisecond)
+		r.Fault("target", "%s, want at most the default maxWait %s", seconds(c.Target), seconds(100*time.Millisecond))
 	case c.MaxWait > 0 && c.Target > c.MaxWait:
-		r.Fault("target", "%v, want at most maxWait %v", c.Target, c.MaxWait)
+		r.Fault("target", "%s, want at most maxWait %s", seconds(c.Target), seconds(c.MaxWait))
 	}
 	return &c
 }

@@ -118,6 +118,9 @@ func (s *settings) check(cmd *cobra.Command) (*scenario.Scenario, error) {
 		}
 	}
 	if set("policies") {
+		if len(s.policies) == 0 {
+			return nil, usagef("--policies: empty, want names, comma-separated")
+		}
 		sc.Policies = s.policies
 	}
 	if len(sc.Policies) == 0 {

@@ -253,6 +253,8 @@ func TestUsage(t *testing.T) {
 		{"--scenario " + faulty, []string{"--scenario", "scenario: faults[0].for: missing", "scenario: faults[1].every: 14s, want at least from + for, 15s", "scenario: workers: 1, want \"sideBySide\": true"}},
 		{"--policies nonesuch", []string{`--policies: no policy "nonesuch", want one of none, round_robin`}},
 		{"--policies none,none", []string{"--policies: none is named twice"}},
+		{"--policies=", []string{"--policies: empty, want names"}},
+		{"sweep --policies=", []string{"--policies: empty, want names"}},
 		{"--policies " + bad, []string{"--policies: policy bad", "hedginPolicy"}},
 		{"--policies nonesuch.json", []string{"nonesuch.json"}},
 		{"--nonesuch", []string{"--nonesuch"}},

@@ -130,6 +130,9 @@ func (s *sweepSettings) check(cmd *cobra.Command) (*scenario.Scenario, []float64
 		}
 	}
 	if cmd.Flags().Changed("policies") {
+		if len(s.policies) == 0 {
+			return nil, nil, usagef("--policies: empty, want names, comma-separated")
+		}
 		sc.Policies = s.policies
 	}
 	if len(sc.Policies) == 0 {
@@ -160,6 +163,9 @@ func (s *sweepSettings) sweep(cmd *cobra.Command) error {
 		return fmt.Errorf("write the report: %w", err)
 	}
 	if result.Interrupted {
+		if s.output == "csv" { // which has no room to say so
+			return exitError{exitInterrupted, errors.New("interrupted: the last point is a part of one, and others are missing")}
+		}
 		return exitError{code: exitInterrupted}
 	}
 	if why := result.Saturated(); len(why) > 0 {
