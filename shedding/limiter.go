@@ -59,6 +59,10 @@ const (
 // by half, until one finds the base that was known. A probe takes about 0.3 s: it costs
 // 0.3% of the throughput at most.
 //
+// At the start the mean at the initial limit is all that is known. L doubles each window while
+// it is reached and times stay that; if it has doubled, they are base, for they were the same at
+// twice as much. If times rise at once, L goes back and the first probe tells.
+//
 // Two things bias a mean, and are avoided: a window does not end as soon as its own samples
 // are alike, and after each move nothing counts until what was in flight before is out.
 //
@@ -86,10 +90,14 @@ type Limiter struct {
 	deviation float64 // its standard error, as a fraction
 	spread    float64 // the square of the times' coefficient of variation, smoothed
 	rushing   bool    // L doubles until times rise once
-	settled   bool    // the last probe found the base that was known
-	probe     int     // the limit during a probe, else 0
-	probeAt   time.Time
-	probedAt  float64 // L when base was last measured
+	// first is the mean at the initial limit, while base is not known, and doubled that at twice
+	// as much it was the same.
+	first, firstError float64
+	doubled           bool
+	settled           bool // the last probe found the base that was known
+	probe             int  // the limit during a probe, else 0
+	probeAt           time.Time
+	probedAt          float64 // L when base was last measured
 
 	// draining is while more are in flight than a limit that was lowered. After that, and
 	// after any move, nothing counts until opens: what ends before has waited inside with

@@ -29,6 +29,13 @@ func (l *Limiter) move(now time.Time) {
 		// Times that were cut off say nothing about how long they would have been.
 		l.rushing = false
 		l.set(floor * dropsFactor)
+	case l.base == 0 && l.rushing:
+		if !l.rush(floor) {
+			return
+		}
+		l.steer(floor)
+		l.probedAt = l.limit
+		l.probeAt = now.Add(probeEvery)
 	case l.base == 0:
 		l.beginProbe()
 		return
@@ -38,6 +45,35 @@ func (l *Limiter) move(now time.Time) {
 	if !l.probeAt.After(now) || l.limit < 0.7*l.probedAt {
 		l.beginProbe()
 	}
+}
+
+// rush doubles the limit at the start, while the times at the lowest limit are all that is known,
+// until times rise or it is not reached any more. Times that did not rise as it doubled are those
+// of a server with room: they are base, which it then tells. If they rise at once, even the first
+// limit may have been too high, and a probe tells.
+func (l *Limiter) rush(floor float64) (known bool) {
+	w := &l.window
+	alike := l.first == 0 || (tolerance+sure*math.Hypot(l.deviation, l.firstError))*l.first >= l.short
+	switch {
+	case alike && w.peak >= int(floor):
+		if l.first == 0 {
+			l.first, l.firstError = l.short, l.deviation
+		} else {
+			l.doubled = true
+		}
+		l.set(l.limit * 2)
+		return false
+	case alike && l.first > 0 || l.doubled:
+		l.learn(l.first, l.firstError)
+		l.settled = true
+		return true
+	}
+	if l.first > 0 {
+		l.set(l.limit / 2)
+		l.rushing = false
+	}
+	l.beginProbe()
+	return false
 }
 
 // steer moves the limit by the times of the window. A limit that has not been reached does

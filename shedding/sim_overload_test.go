@@ -86,7 +86,9 @@ func TestSimOverload(t *testing.T) {
 	}
 }
 
-// While the upper classes fit, they are served; what is refused is refused from below.
+// While the upper classes fit, they are served; what is refused is refused from below. With
+// exponential times the limit is seldom, and for seconds, below what the server can run: that is
+// 0.5% of some minutes, and 0.3% in the mean of three runs of ten (0.7% of the worst).
 func TestSimCriticality(t *testing.T) {
 	long(t)
 	for _, constant := range []bool{true, false} {
@@ -94,25 +96,31 @@ func TestSimCriticality(t *testing.T) {
 			for _, load := range []float64{2, 3, 4, 8} {
 				s := overloadSim(constant, load)
 				s.mix, s.extra = mixed, extra
+				seeds := uint64(1)
 				if !constant {
-					// The limit is seldom, and for seconds, below what the server can run: that is 0.5% of
-					// some minutes, and 0.25% of ten.
-					s.run = 10 * time.Minute
+					s.run, seeds = 10*time.Minute, 3
 				}
-				r := s.simulate(t)
-				c := &r.classes
-				t.Logf("%-11s extra %.1f %vx: goodput %.3f, success from below %.4f %.4f %.4f %.4f", kind(constant), extra, load,
-					r.goodput, c[0].success(), c[1].success(), c[2].success(), c[3].success())
+				var goodput float64
+				var success [classes]float64 // means
+				for seed := uint64(1); seed <= seeds; seed++ {
+					s.seed = seed
+					r := s.simulate(t)
+					goodput += r.goodput / float64(seeds)
+					for rank := range success {
+						success[rank] += r.classes[rank].success() / float64(seeds)
+					}
+				}
+				t.Logf("%-11s extra %.1f %vx: goodput %.3f, success from below %.4f", kind(constant), extra, load, goodput, success)
 				above := 0.0 // part of the capacity
 				for rank := classes - 1; rank >= 0; rank-- {
 					above += load * mixed[Sheddable+Criticality(rank)]
-					switch success := c[rank].success(); {
-					case above < 0.9 && success < 0.995:
-						t.Errorf("%v: success %v, want 0.995: all that is above fits", Sheddable+Criticality(rank), success)
-					case rank > 0 && success < c[rank-1].success()-0.01:
-						t.Errorf("%v: success %v, less than in the class below", Sheddable+Criticality(rank), success)
-					case above-load*mixed[Sheddable+Criticality(rank)] > 1.3 && success > 0.01:
-						t.Errorf("%v: success %v, while those above do not fit", Sheddable+Criticality(rank), success)
+					switch got := success[rank]; {
+					case above < 0.9 && got < 0.995:
+						t.Errorf("%v: success %v, want 0.995: all that is above fits", Sheddable+Criticality(rank), got)
+					case rank > 0 && got < success[rank-1]-0.01:
+						t.Errorf("%v: success %v, less than in the class below", Sheddable+Criticality(rank), got)
+					case above-load*mixed[Sheddable+Criticality(rank)] > 1.3 && got > 0.01:
+						t.Errorf("%v: success %v, while those above do not fit", Sheddable+Criticality(rank), got)
 					}
 				}
 			}
@@ -150,5 +158,33 @@ func TestSimRecovers(t *testing.T) {
 	s.warm, s.run = 22*time.Second, 40*time.Second
 	if r := s.simulate(t); r.refused() > 0 || r.stats.Overloaded || r.stats.Cursor != 0 {
 		t.Errorf("2 s after the load fell: %v refused, %+v", r.refused(), r.stats)
+	}
+}
+
+// A server whose handlers mostly wait needs its limit from the first second. By default it is
+// found in some seconds, in which some is refused: min is the cure.
+func TestSimWaitingHandlers(t *testing.T) {
+	for _, constant := range []bool{true, false} {
+		for _, least := range []int{0, 160} {
+			s := sim{
+				workers: 1000, mean: 200 * ms, constant: constant, load: 0.12, deadline: 2 * time.Second, // 600/s, 120 at once
+				run: 5 * time.Second, config: AdmissionConfig{Limiter: LimiterConfig{Min: least}, Queue: &QueueConfig{}}, seed: 1,
+			}
+			r := s.simulate(t)
+			t.Logf("%-11s min %3d: %.3f of the first 5 s refused, limit then %d", kind(constant), least, r.refused(), r.stats.Limit)
+			most := 0.0
+			if least == 0 {
+				if most = 0.2; !constant {
+					most = 0.4
+				}
+			}
+			if r.refused() > most {
+				t.Errorf("%s, min %d: %.3f refused, want at most %v", kind(constant), least, r.refused(), most)
+			}
+			s.warm, s.run = 10*time.Second, 20*time.Second
+			if r := s.simulate(t); r.refused() > 0.01 {
+				t.Errorf("%s, min %d: %.3f refused after 10 s", kind(constant), least, r.refused())
+			}
+		}
 	}
 }
