@@ -18,6 +18,11 @@ func (l *Limiter) move(now time.Time) {
 			l.set(l.limit + max(1, l.limit/20))
 		}
 		return
+	case l.base == 0 && l.first > 0 && !l.doubled && w.peak < int(floor):
+		// The load has gone before it was seen what so many do to the times.
+		l.set(l.limit / 2)
+		l.first = 0
+		return
 	case 2*w.peak < int(floor):
 		if drops <= dropsMany {
 			l.learn(l.short, l.deviation)
@@ -49,11 +54,16 @@ func (l *Limiter) move(now time.Time) {
 
 // rush doubles the limit at the start, while the times at the lowest limit are all that is known,
 // until times rise or it is not reached any more. Times that did not rise as it doubled are those
-// of a server with room: they are base, which it then tells. If they rise at once, even the first
-// limit may have been too high, and a probe tells.
+// of a server with room: they are base, which it then tells. If they are others at once, even the
+// first limit may have been too high, and a probe tells.
 func (l *Limiter) rush(floor float64) (known bool) {
 	w := &l.window
-	alike := l.first == 0 || (tolerance+sure*math.Hypot(l.deviation, l.firstError))*l.first >= l.short
+	alike := l.first == 0
+	if !alike {
+		// Times that fell with twice as many say that the load has, and that the first had waited.
+		ratio, most := l.short/l.first, tolerance+sure*math.Hypot(l.deviation, l.firstError)
+		alike = ratio <= most && ratio >= 1/most
+	}
 	switch {
 	case alike && w.peak >= int(floor):
 		if l.first == 0 {
