@@ -53,15 +53,21 @@ func (l *Limiter) move(now time.Time) {
 }
 
 // rush doubles the limit at the start, while the times at the lowest limit are all that is known,
-// until times rise or it is not reached any more. Times that did not rise as it doubled are those
-// of a server with room: they are base, which it then tells. If they are others at once, even the
-// first limit may have been too high, and a probe tells.
+// until times change or it is not reached any more. Times that did not rise as it doubled, of a
+// load that has room then, are base, which it tells. If they do rise, L goes back and a probe
+// tells: even the first limit may have been too high.
 func (l *Limiter) rush(floor float64) (known bool) {
 	w := &l.window
+	seen := &w.all
+	if l.first > 0 && w.peak >= int(floor) && 2*w.near.n < w.all.n {
+		if seen = &w.near; seen.n < windowLeast {
+			return false // too few have seen it
+		}
+	}
 	alike := l.first == 0
 	if !alike {
 		// Times that fell with twice as many say that the load has, and that the first had waited.
-		ratio, most := l.short/l.first, tolerance+sure*math.Hypot(l.deviation, l.firstError)
+		ratio, most := seen.mean()/l.first, tolerance+sure*math.Hypot(seen.deviation(), l.firstError)
 		alike = ratio <= most && ratio >= 1/most
 	}
 	switch {
@@ -73,7 +79,7 @@ func (l *Limiter) rush(floor float64) (known bool) {
 		}
 		l.set(l.limit * 2)
 		return false
-	case alike && l.first > 0 || l.doubled:
+	case alike && l.first > 0:
 		l.learn(l.first, l.firstError)
 		l.settled = true
 		return true
