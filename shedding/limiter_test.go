@@ -89,6 +89,37 @@ func TestLimiterSteps(t *testing.T) {
 			}
 		}
 	})
+	t.Run("doubles from the start while times stay", func(t *testing.T) {
+		l := newLimiter(t, LimiterConfig{})
+		now, probed := t0, false
+		for l.Limit() < 160 && now.Before(t0.Add(10*time.Second)) {
+			now = serve(l, now, 100*ms, l.Limit(), 10*ms, Served)
+			probed = probed || l.probe > 0
+		}
+		if took := now.Sub(t0); took > time.Second || probed {
+			t.Errorf("160 after %v, probed %v, want no probe, and a second at most", took, probed)
+		}
+		// It is not reached any more: what the times were is base.
+		serve(l, now, time.Second, 150, 10*ms, Served)
+		if l.Base() != 10*ms || l.Limit() < 160 {
+			t.Errorf("base %v, limit %d, want 10ms and no less than 160", l.Base(), l.Limit())
+		}
+	})
+	t.Run("goes back when the load goes before the doubled limit was reached", func(t *testing.T) {
+		l := newLimiter(t, LimiterConfig{})
+		now := serve(l, t0, 150*ms, 20, 25*ms, Served)
+		if l.Limit() != 40 {
+			t.Fatalf("limit %d, want 40", l.Limit())
+		}
+		now = serve(l, now, time.Second, 18, 15*ms, Served)
+		if l.limit > 20 {
+			t.Errorf("limit %v, base %v, want no more than the initial limit", l.limit, l.Base())
+		}
+		serve(l, now, 2*time.Second, 8, 10*ms, Served)
+		if l.Base() > 11*ms {
+			t.Errorf("base %v, want 10ms", l.Base())
+		}
+	})
 	t.Run("stays within min and max", func(t *testing.T) {
 		l := newLimiter(t, LimiterConfig{Min: 10, Max: 30})
 		now := load(l, t0, 10*time.Second, 2, 10*ms)
