@@ -88,7 +88,8 @@ func TestSimOverload(t *testing.T) {
 
 // While the upper classes fit, they are served; what is refused is refused from below. With
 // exponential times the limit is seldom, and for seconds, below what the server can run: that is
-// 0.5% of some minutes, and 0.3% in the mean of three runs of ten (0.7% of the worst).
+// 0.2 to 0.3% in the mean of runs of ten minutes, and up to 0.9% of a single one. So the bound is
+// of the mean of three, and no run may be much worse.
 func TestSimCriticality(t *testing.T) {
 	long(t)
 	for _, constant := range []bool{true, false} {
@@ -101,22 +102,29 @@ func TestSimCriticality(t *testing.T) {
 					s.run, seeds = 10*time.Minute, 3
 				}
 				var goodput float64
-				var success [classes]float64 // means
+				var success, lowest [classes]float64 // success: the mean
+				for rank := range lowest {
+					lowest[rank] = 1
+				}
 				for seed := uint64(1); seed <= seeds; seed++ {
 					s.seed = seed
 					r := s.simulate(t)
 					goodput += r.goodput / float64(seeds)
 					for rank := range success {
-						success[rank] += r.classes[rank].success() / float64(seeds)
+						got := r.classes[rank].success()
+						success[rank] += got / float64(seeds)
+						lowest[rank] = min(lowest[rank], got)
 					}
 				}
-				t.Logf("%-11s extra %.1f %vx: goodput %.3f, success from below %.4f", kind(constant), extra, load, goodput, success)
+				t.Logf("%-11s extra %.1f %vx: goodput %.3f, success from below %.4f, at the least %.4f", kind(constant), extra, load, goodput, success, lowest)
 				above := 0.0 // part of the capacity
 				for rank := classes - 1; rank >= 0; rank-- {
 					above += load * mixed[Sheddable+Criticality(rank)]
 					switch got := success[rank]; {
 					case above < 0.9 && got < 0.995:
 						t.Errorf("%v: success %v, want 0.995: all that is above fits", Sheddable+Criticality(rank), got)
+					case above < 0.9 && lowest[rank] < 0.99:
+						t.Errorf("%v: success %v in one run, want 0.99: all that is above fits", Sheddable+Criticality(rank), lowest[rank])
 					case rank > 0 && got < success[rank-1]-0.01:
 						t.Errorf("%v: success %v, less than in the class below", Sheddable+Criticality(rank), got)
 					case above-load*mixed[Sheddable+Criticality(rank)] > 1.3 && got > 0.01:
